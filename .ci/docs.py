@@ -1,0 +1,87 @@
+"""Build the docs site without Quarto: `python .ci/docs.py [out]`.
+
+nbdev turns nbs/ into _proc/ (hidden cells dropped, show_doc run, names linked), and smalldocs renders that with the
+same nbs/_quarto.yml that Quarto reads. `nbdev_docs` builds the same site where Quarto is installed."""
+import json, re, shutil, subprocess, sys, tarfile, tempfile
+from pathlib import Path
+
+import yaml
+from nbdev.config import get_config
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+from smalldocs.cli import main as smalldocs
+
+katex, cdn = 'katex@0.16.11', 'https://cdn.jsdelivr.net/npm/katex@0.16.11/dist'
+dunder = re.compile(r'^(#+ )(\S*__\S*?)\s*$', re.M)
+
+
+def front(src):
+    m = re.match(r'---\n(.*?)\n---', src, re.S)
+    return yaml.safe_load(m.group(1)) if m else {}
+
+
+def fix_md(s, names):
+    "Links to `NN_name.ipynb` become links to `name.ipynb`, and dunder names in headings stay as they are"
+    for a,b in names.items(): s = re.sub(rf'\]\((\./)?{re.escape(a)}(?=[#)])', f']({b}', s)
+    return dunder.sub(lambda m: m[1]+m[2].replace('_', r'\_')+f' {{#{m[2].lower()}}}', s)
+
+
+def fix_cell(c, names):
+    "One cell of a staged page"
+    src = ''.join(c['source'])
+    if c['cell_type']=='raw': src = re.sub(r'^output-file:.*\n', '', src, flags=re.M)
+    c['source'] = fix_md(src, names) if c['cell_type']=='markdown' else src
+    for o in c.get('outputs', []):
+        d = o.get('data', {})
+        if 'text/markdown' in d: d['text/markdown'] = fix_md(''.join(d['text/markdown']), names)
+
+
+def stage(proc, dest):
+    "Copy `proc` to `dest`, naming each notebook after the page that nbdev's links point to (its `output-file`)"
+    shutil.rmtree(dest, ignore_errors=True)
+    shutil.copytree(proc, dest, ignore=shutil.ignore_patterns('_docs', '_site'))
+    nbs = {p: json.loads(p.read_text()) for p in sorted(dest.glob('*.ipynb'))}
+    names = {p.name: Path(front(''.join(nb['cells'][0]['source'])).get('output-file', p.name)).stem+'.ipynb' for p,nb in nbs.items()}
+    for p,nb in nbs.items():
+        for c in nb['cells']: fix_cell(c, names)
+        p.unlink()
+        (dest/names[p.name]).write_text(json.dumps(nb))
+    yml = (dest/'_quarto.yml').read_text()
+    for a,b in names.items(): yml = re.sub(rf'(?<![\w/]){re.escape(a)}\b', b, yml)
+    (dest/'_quarto.yml').write_text(yml)
+
+
+def local_katex(out):
+    "Serve KaTeX from the site itself, so maths needs no network"
+    lib = out/'site_libs/katex'
+    with tempfile.TemporaryDirectory() as td:
+        tgz = subprocess.run(['npm', 'pack', '-s', katex], cwd=td, check=True, capture_output=True, text=True).stdout.split()[-1]
+        with tarfile.open(Path(td)/tgz) as t: t.extractall(td, filter='data')
+        dist = Path(td)/'package/dist'
+        for f in [*dist.glob('fonts/*.woff2'), dist/'katex.min.css', dist/'katex.min.js', dist/'contrib/auto-render.min.js', dist.parent/'LICENSE']:
+            d = lib/(f.relative_to(dist) if dist in f.parents else f.name)
+            d.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(f, d)
+    for p in out.rglob('*.html'): p.write_text(p.read_text().replace(cdn, '../'*(len(p.relative_to(out).parts)-1)+'site_libs/katex'))
+    for p in out.rglob('*.css'): p.write_text(re.sub(r'@import url\(https?://fonts[^)]*\);?', '', p.read_text()))
+
+
+def found(out, pattern, kinds):
+    "Every match of `pattern` in the site's files, with its page"
+    return [f'{p.name}: {m}' for k in kinds for p in out.rglob(k) for m in re.findall(pattern, p.read_text())]
+
+
+if __name__=='__main__':
+    cfg = get_config()
+    refresh_quarto_yml()
+    proc = proc_nbs(n_workers=2, force=True)
+    st = cfg.config_path/'_proc_smalldocs'
+    stage(proc, st)
+    if smalldocs(['check', str(st)]) or smalldocs(['render', '--strict', '-q', str(st)]): sys.exit(1)
+    out = cfg.config_path/(sys.argv[1] if len(sys.argv)>1 else cfg.doc_path.name)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(st/cfg.doc_path.name, out)
+    local_katex(out)
+    if left := found(out, r'https://(?:cdn|fonts)[^"\')]*', ['*.html', '*.css']): sys.exit('pages need the network: '+', '.join(left))
+    if refs := found(out, r'(?<![\w.])@(?:fig|tbl|sec|eq|lst)-[\w-]+', ['*.html']): sys.exit('cross-references that only Quarto resolves (link to the #id instead): '+', '.join(refs))
+    print(f'{len(list(out.rglob("*.html")))} pages in {out.name}')
