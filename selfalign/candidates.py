@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['prefix', 'words', 'repetition', 'spread', 'Partial', 'sample']
 
-# %% ../nbs/02_candidates.ipynb #22701204
+# %% ../nbs/02_candidates.ipynb #4d1b993b
 import json, os, re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from .data import BadInput, cyrillic_share, read_jsonl, write_jsonl
+from .data import write_jsonl
 from .llm import LLM, Sampling
 
 # %% ../nbs/02_candidates.ipynb #3f50e21c
@@ -43,7 +43,7 @@ def spread(
     ds = [1-len(a&b)/len(a|b) if a|b else 0. for a,b in combinations(ws, 2)]
     return sum(ds)/len(ds) if ds else 0.
 
-# %% ../nbs/02_candidates.ipynb #ffa7f2f2
+# %% ../nbs/02_candidates.ipynb #ce26fee2
 class Partial:
     "Rows of a step that is not finished yet, kept in `<path>.part` under a key; other keys start afresh"
     def __init__(self,
@@ -61,9 +61,13 @@ class Partial:
         if not self.part.exists(): return []
         head, *lines = self.part.read_bytes().split(b'\n')
         if head.decode('utf-8', 'replace')!=self.key: return []
-        good = [l for l in lines[:-1] if l]
-        if lines and lines[-1]: self.part.write_bytes(b'\n'.join([head, *good])+b'\n')
-        return [json.loads(l) for l in good]
+        rows = []
+        for l in lines:
+            try: rows.append(json.loads(l))
+            except ValueError: break
+        good = b'\n'.join([head, *lines[:len(rows)]])+b'\n'
+        if good!=self.part.read_bytes(): self.part.write_bytes(good)
+        return rows
 
     def add(self,
         rows:list, # Finished rows
@@ -83,7 +87,7 @@ class Partial:
         self.part.unlink(missing_ok=True)
         return rows
 
-# %% ../nbs/02_candidates.ipynb #247afa52
+# %% ../nbs/02_candidates.ipynb #c75a9b87
 def sample(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm:LLM,   # The model that answers
@@ -94,15 +98,17 @@ def sample(
     seed:int=42, # A row depends on (seed, prompt, sample) only
     batch_size:int=32, # Rows decoded together
     progress:str='', # Label of a progress bar
+    label:str='', # What the rows call the model; its name unless given
 )->list: # Candidate rows, in the order of `rows`
     "Answer every instruction `n` times and write `candidates.jsonl`"
     fp = llm.fingerprint()
     part = Partial(out, dict(step='candidates', model=fp, n=n, sampling=asdict(sampling), system=system, seed=seed))
-    have = {r['prompt_id'] for r in part.rows}
-    todo = [r for r in rows if r['prompt_id'] not in have]
+    got = Counter((r['prompt_id'], r['prompt']) for r in part.rows)
+    todo = [r for r in rows if got[r['prompt_id'], r['prompt']]!=n]
+    part.rows = [r for r in part.rows if got[r['prompt_id'], r['prompt']]==n]
     def done(batch):
         part.add([dict(prompt_id=todo[i]['prompt_id'], sample=k, prompt=todo[i]['prompt'], completion=c.text, n_tokens=c.n_tokens,
-                       finished=c.finished, model=llm.name, seed=seed) for i,cs in batch for k,c in enumerate(cs)])
+                       finished=c.finished, model=label or llm.name, seed=seed) for i,cs in batch for k,c in enumerate(cs)])
     llm.generate([llm.render(r['prompt'], system) for r in todo], n, sampling, seed, batch_size, progress, done)
     place = {r['prompt_id']: i for i,r in enumerate(rows)}
     part.rows = [r for r in part.rows if r['prompt_id'] in place]

@@ -181,7 +181,7 @@ def _column(df, col, read, name):
             raise BadInput(f'{name}, row {i}, column {col}: cannot be read: {str(v)[:40]!r}') from None
     return out
 
-# %% ../nbs/00_data.ipynb #4305c4ec
+# %% ../nbs/00_data.ipynb #b8b1435a
 def _roots(ids, parents):
     "The topmost known ancestor of each message"
     up, root = dict(zip(ids, parents)), {}
@@ -196,7 +196,7 @@ def _messages(df, name):
     import pandas as pd
     cols = {c: _column(df, c, r, name) for c,r in _columns.items()}
     cols.update({c: _column(df, c, r, name) for c,r in _extras.items() if c in df})
-    cols['message_id'] = _ids(cols['text'], cols['message_id'])
+    cols['message_id'] = _unique(_ids(cols['text'], cols['message_id']), name)
     if any(t is None for t in cols['message_tree_id']): cols['message_tree_id'] = _roots(cols['message_id'], cols['parent_id'])
     for c in ('deleted', 'synthetic'): cols[c] = [bool(v) for v in cols[c]]
     return pd.DataFrame({c: pd.Series(v, dtype='bool' if c in ('deleted', 'synthetic') else 'object') for c,v in cols.items()})
@@ -210,6 +210,12 @@ def _ids(texts, given):
             seen[t] += 1
         out.append(g)
     return out
+
+def _unique(ids, name):
+    "An id that stands twice would mix two prompts up later"
+    twice = next((i for i,n in Counter(ids).items() if n>1), None)
+    if twice is not None: raise BadInput(f'{name}: the id {twice!r} stands in more than one row; ids must be unique')
+    return ids
 
 # %% ../nbs/00_data.ipynb #52274cd3
 def _tree(row, name, i):
@@ -552,7 +558,7 @@ def plot_similar(
     ax.set(title='Is there another prompt like this one?', xlabel='similarity to the nearest other prompt (dashed: counted as a repetition)', ylabel='prompts', yscale='symlog')
     return ax
 
-# %% ../nbs/00_data.ipynb #cfaf19ed
+# %% ../nbs/00_data.ipynb #4894119f
 _cyrillic = 'ru', 'uk', 'be', 'bg', 'sr', 'mk', 'kk'
 
 def cyrillic_share(
@@ -568,7 +574,7 @@ def is_lang(
     said=None, # What the source says: `ru`, `uk-UA`, or None
 )->bool:
     "Whether a text is in a language: by what its source says, else by its letters"
-    share = cyrillic_share(text)
+    share, lang = cyrillic_share(text), lang.lower()
     if lang=='ru' and not share: return False
     if said: return said.lower().split('-')[0]==lang.lower().split('-')[0]
     if lang=='ru' and re.search('[іїєґўјњђћ]', text.lower()): return False

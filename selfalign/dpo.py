@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['train_defaults', 'deserved', 'user_turn', 'to_trl', 'settings', 'trainer_args', 'lora', 'last_checkpoint', 'step_bar',
-           'run_trainer', 'train_dpo', 'plot_log', 'answer_rows', 'judge_lessons', 'as_tokens', 'train_sft',
+           'run_trainer', 'train_dpo', 'plot_log', 'answer_rows', 'judge_lessons', 'as_tokens', 'train_sft', 'halve',
            'model_card']
 
-# %% ../nbs/05_dpo.ipynb #506c3657
-import json, os, random, shutil
+# %% ../nbs/05_dpo.ipynb #6f43de5f
+import hashlib, json, os, random, shutil
 from pathlib import Path
 
-from .data import BadInput, nearest, read_jsonl, write_json, write_jsonl
+from .data import BadInput, hash01, nearest, write_json, write_jsonl
 from .llm import LLM, bar, end_of_turn, merge_system
 from .candidates import prefix
 from .judge import criteria, judge_texts
@@ -33,7 +33,7 @@ def to_trl(
     def answer(t): return [dict(role='assistant', content=t.strip())]
     return dict(prompt=user_turn(pair['prompt'], system), chosen=answer(pair['chosen']), rejected=answer(pair['rejected']))
 
-# %% ../nbs/05_dpo.ipynb #80f537ef
+# %% ../nbs/05_dpo.ipynb #d17d92d3
 train_defaults = dict(
     learning_rate=1e-4,  # Peak, falling linearly to zero
     epochs=1.,           # Passes over the pairs
@@ -55,24 +55,28 @@ def settings(
     "All training settings; `BadInput` for an unknown one"
     for k in kw:
         if k not in train_defaults: raise BadInput(f'training setting {k!r} is unknown{nearest(k, list(train_defaults))}')
-    return {**train_defaults, **kw}
+    s = {**train_defaults, **kw}
+    s['micro_batch'] = min(s['micro_batch'], s['batch_size'])
+    if s['batch_size']%s['micro_batch']: raise BadInput(f'batch_size is {s["batch_size"]}; it must be a multiple of micro_batch, {s["micro_batch"]}')
+    return s
 
-# %% ../nbs/05_dpo.ipynb #9768935c
+# %% ../nbs/05_dpo.ipynb #f980a288
 def trainer_args(
     cls, # TRL's `DPOConfig` or `SFTConfig`
     s:dict, # Of `settings`
     out:Path, # Folder for checkpoints
-    cpu:bool, # Is the model on a CPU?
+    llm:LLM, # The model, for its device and precision
     **kw, # More of `cls`
 ):
-    "TRL's arguments from ours: float32 without tricks on a CPU, bfloat16 with gradient checkpointing on a GPU"
+    "TRL's arguments from ours: float32 without tricks on a CPU, the model's precision with gradient checkpointing on a GPU"
     import warnings
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     warnings.filterwarnings('ignore', message='.*gradient_checkpointing', category=FutureWarning)  # transformers renames it while TRL still sets it
     return cls(output_dir=str(out), learning_rate=s['learning_rate'], num_train_epochs=s['epochs'], max_steps=s['max_steps'],
-        per_device_train_batch_size=min(s['micro_batch'], s['batch_size']), gradient_accumulation_steps=max(1, s['batch_size']//s['micro_batch']),
+        per_device_train_batch_size=s['micro_batch'], gradient_accumulation_steps=s['batch_size']//s['micro_batch'],
         max_length=s['max_length'], seed=s['seed'], data_seed=s['seed'], lr_scheduler_type='linear', logging_steps=1, save_strategy='steps', save_steps=s['save_steps'],
-        save_total_limit=1, report_to=[], disable_tqdm=True, bf16=not cpu, use_cpu=cpu, gradient_checkpointing=not cpu, **kw)
+        save_total_limit=1, report_to=[], disable_tqdm=True, bf16=str(llm.model.dtype)=='torch.bfloat16', use_cpu=llm.device.type=='cpu',
+        gradient_checkpointing=llm.device.type=='cuda', **kw)
 
 def lora(
     s:dict, # Of `settings`
@@ -81,7 +85,7 @@ def lora(
     from peft import LoraConfig
     return LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], lora_dropout=0., target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/05_dpo.ipynb #00ee58c0
+# %% ../nbs/05_dpo.ipynb #d86d6f66
 def last_checkpoint(
     out:Path, # A model's folder
 ):
@@ -106,10 +110,10 @@ def step_bar(
 def run_trainer(
     trainer, # A TRL trainer
     out:Path, # The model's folder
-    base:str, # Name of the model the adapter belongs to, as `load` knows it
-    tok, # Tokenizer to store with it
+    llm:LLM, # The model in training
+    data, # The training set, a `datasets.Dataset`
     record:dict, # What goes into `run.json`
-    resume:bool, # Go on from a checkpoint, if there is one?
+    resume:bool, # Go on from a checkpoint of the same training, if there is one?
     progress:str, # Label of a progress bar; empty: none
 )->list: # Logged rows, one a step
     "Train, then store the adapter with everything needed to use it and to know what it is"
@@ -118,21 +122,24 @@ def run_trainer(
     trainer.remove_callback(PrinterCallback)
     if progress: trainer.add_callback(step_bar(progress))
     out, t = Path(out), time.time()
-    ckpt = last_checkpoint(out) if resume else None
+    key = hashlib.sha256(json.dumps([record, llm.name, data.to_list()], ensure_ascii=False).encode()).hexdigest()
+    note = out/'checkpoints.key'
+    ckpt = last_checkpoint(out) if resume and note.exists() and note.read_text()==key else None
     if not ckpt: shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True); note.write_text(key)
     trainer.train(resume_from_checkpoint=ckpt)
     log = [r for r in trainer.state.log_history if 'loss' in r]
     trainer.model.save_pretrained(out)
-    tok.save_pretrained(out)
+    llm.tok.save_pretrained(out)
     trainer.state.save_to_json(str(out/'trainer_state.json'))
     write_jsonl(out/'log.jsonl', log)
-    cfg = json.loads((out/'adapter_config.json').read_text())
+    cfg, base = json.loads((out/'adapter_config.json').read_text()), str(Path(llm.name).resolve()) if Path(llm.name).exists() else llm.name
     write_json(out/'adapter_config.json', {**cfg, 'base_model_name_or_path': base})
     write_json(out/'run.json', {**record, 'base': base, 'steps': trainer.state.global_step, 'resumed_from': ckpt and Path(ckpt).name, 'seconds': round(time.time()-t, 1)})
-    shutil.rmtree(out/'checkpoints')
+    shutil.rmtree(out/'checkpoints'); note.unlink()
     return log
 
-# %% ../nbs/05_dpo.ipynb #0e2a42ed
+# %% ../nbs/05_dpo.ipynb #0bfd6dc0
 def train_dpo(
     pairs:list, # Rows with `prompt`, `chosen`, `rejected`
     llm:LLM,    # The model to align; it is the reference, and is wrapped by the adapter: load it anew afterwards
@@ -148,10 +155,10 @@ def train_dpo(
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     s = settings(kw)
-    args = trainer_args(DPOConfig, s, Path(out)/'checkpoints', llm.device.type=='cpu', beta=s['beta'], loss_type=[s['loss_type']], precompute_ref_log_probs=True)
+    args = trainer_args(DPOConfig, s, Path(out)/'checkpoints', llm, beta=s['beta'], loss_type=[s['loss_type']], precompute_ref_log_probs=True)
     data = Dataset.from_list([to_trl(p, system) for p in pairs])
     trainer = DPOTrainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok, peft_config=lora(s), callbacks=callbacks)
-    return run_trainer(trainer, out, llm.name, llm.tok, dict(method='dpo', pairs=len(pairs), system=system, settings=s), resume, progress)
+    return run_trainer(trainer, out, llm, data, dict(method='dpo', pairs=len(pairs), system=system, settings=s), resume, progress)
 
 # %% ../nbs/05_dpo.ipynb #18f3c059
 def plot_log(
@@ -168,16 +175,18 @@ def plot_log(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05_dpo.ipynb #a48b9c4a
+# %% ../nbs/05_dpo.ipynb #8407d3e4
 def answer_rows(
     replies:list, # Of `load_replies`
     system:str=prefix, # Said before each instruction
-    flaws:tuple=(None, 'padded'), # Which replies to learn from
+    padded:float=.6, # Share of the prompts whose padded reply is learned too
 )->list:
-    "SFT rows for the answering role, in TRL's prompt-completion format"
-    return [dict(prompt=user_turn(r['prompt'], system), completion=[dict(role='assistant', content=r['reply'])]) for r in replies if r.get('flaw') in flaws]
+    "SFT rows for the answering role, in TRL's prompt-completion format; where nobody said what is wrong with a reply, only the best ranked one"
+    def wanted(r): return not r['rank'] if not r.get('flaw') else r['flaw']=='padded' and hash01(r['prompt'])<padded
+    fit = [r for r in replies if wanted(r)]
+    return [dict(prompt=user_turn(r['prompt'], system), completion=[dict(role='assistant', content=r['reply'])]) for r in fit]
 
-# %% ../nbs/05_dpo.ipynb #d5144039
+# %% ../nbs/05_dpo.ipynb #ce6430f5
 deserved = { # flaw: the five grades in the order of `criteria`
     None:       (5, 5, 5, 5, 5),
     'padded':   (1, 4, 4, 4, 1),
@@ -189,14 +198,16 @@ deserved = { # flaw: the five grades in the order of `criteria`
 def judge_lessons(
     llm:LLM, # For its chat text
     replies:list, # Of `load_replies`, with `flaw`
-    n:int=320, # How many lessons
+    n:int=240, # How many lessons
     seed:int=42, # Which replies and criteria
 )->list:
     "SFT rows for the judging role: half of them about good replies, each asking for one criterion's digit"
     rng = random.Random(seed)
     good, bad = ([r for r in replies if (r.get('flaw') is None)==g and r['rank'] is not None] for g in (True, False))
+    for r in bad:
+        if r['flaw'] not in deserved: raise BadInput(f'flaw {r["flaw"]!r} of a reply is unknown{nearest(str(r["flaw"]), [f for f in deserved if f])}')
     rows = []
-    for i in range(n):
+    for i in range(n if bad else 0):
         rs = (good, bad)[i%2]
         if not rs: continue
         r, k = rng.choice(rs), rng.randrange(len(criteria))
@@ -204,7 +215,7 @@ def judge_lessons(
         rows.append(dict(prompt=head+tails[k], completion=str(deserved[r.get('flaw')][k])))
     return rows
 
-# %% ../nbs/05_dpo.ipynb #2d5d8d3d
+# %% ../nbs/05_dpo.ipynb #5e4e19b2
 def as_tokens(
     llm:LLM, # For its chat template and tokenizer
     row:dict, # An answering or a judging row
@@ -228,12 +239,23 @@ def train_sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     s = settings(kw)
-    args = trainer_args(SFTConfig, s, Path(out)/'checkpoints', llm.device.type=='cpu', completion_only_loss=True, train_sampling_strategy='group_by_length')
+    args = trainer_args(SFTConfig, s, Path(out)/'checkpoints', llm, completion_only_loss=True, train_sampling_strategy='group_by_length')
     data = Dataset.from_list([as_tokens(llm, r) for r in rows])
     trainer = SFTTrainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok, peft_config=lora(s))
-    return run_trainer(trainer, out, llm.name, llm.tok, dict(method='sft', rows=len(rows), settings=s), resume, progress)
+    return run_trainer(trainer, out, llm, data, dict(method='sft', rows=len(rows), settings=s), resume, progress)
 
-# %% ../nbs/05_dpo.ipynb #8b91173c
+# %% ../nbs/05_dpo.ipynb #6085c74e
+def halve(
+    folder:Path, # Folder of an adapter
+)->int: # Bytes of the weights afterwards
+    "Store an adapter's weights in float16"
+    from safetensors.torch import load_file, save_file
+    import torch
+    f = Path(folder)/'adapter_model.safetensors'
+    save_file({k: v.to(torch.float16) for k,v in load_file(f).items()}, f, metadata={'format': 'pt'})
+    return f.stat().st_size
+
+# %% ../nbs/05_dpo.ipynb #81eaa33b
 def model_card(
     out:Path, # The adapter's folder, with its `run.json`
     title:str, # First line
@@ -243,8 +265,10 @@ def model_card(
     r = json.loads((Path(out)/'run.json').read_text(encoding='utf-8'))
     table = '\n'.join(f'| {k} | {v} |' for k,v in {**r['settings'], 'steps': r['steps'], 'seconds': r['seconds']}.items())
     gemma = 'embedded' in r['base'] or 'gemma' in r['base'].lower()
+    base = 'google/gemma-3-270m' if 'embedded' in r['base'] else r['base']
+    head = '---\nlibrary_name: peft\n'+(f'base_model: {base}\n' if base.count('/')==1 and not Path(base).exists() else '')+('license: gemma\n' if gemma else '')+'---\n\n'
     terms = '\n\n## Licence\n\nDerived from Gemma. Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.' if gemma else ''
-    txt = (f'# {title}\n\nA LoRA adapter for `{r["base"]}`, trained with {r["method"].upper()}.\n\n```python\nfrom selfalign.llm import load\nllm = load("{Path(out).as_posix() if not Path(out).is_absolute() else Path(out).name}")\n```\n\n'
-           f'{body}\n\n## Training\n\n| setting | value |\n|---|---|\n{table}{terms}\n')
+    txt = (f'{head}# {title}\n\nA LoRA adapter for `{Path(r["base"]).name if Path(r["base"]).is_absolute() else r["base"]}`, trained with {r["method"].upper()} by [selfalign](https://github.com/selfalign/selfalign).\n\n'
+           f'```python\nfrom selfalign.llm import load\nllm = load("models/{Path(out).name}")\n```\n\n{body}\n\n## Training\n\n| setting | value |\n|---|---|\n{table}{terms}\n')
     (Path(out)/'README.md').write_text(txt, encoding='utf-8')
     return Path(out)/'README.md'

@@ -6,11 +6,11 @@
 __all__ = ['measures', 'bootstrap', 'gold_found', 'measure', 'compare', 'ratio_interval', 'table', 'warnings', 'plot_evaluation',
            'evaluate', 'report']
 
-# %% ../nbs/07_evaluate.ipynb #a24bce66
-import json, re
+# %% ../nbs/07_evaluate.ipynb #1e10674c
+import re
 from pathlib import Path
 
-from .data import BadInput, cyrillic_share, read_json, read_jsonl, write_json
+from .data import BadInput, cyrillic_share, write_json
 from .llm import LLM
 from .candidates import prefix, repetition, words
 from .judge import judge_rows

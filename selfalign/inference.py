@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['answer', 'stream', 'talk', 'answers', 'side_by_side']
 
-# %% ../nbs/06_inference.ipynb #4a727f32
-import sys
-from dataclasses import asdict
+# %% ../nbs/06_inference.ipynb #77ba5937
 from pathlib import Path
 
-from .data import BadInput, read_jsonl
-from .llm import LLM, Sampling, load
-from .candidates import Partial, prefix
+from .llm import LLM, Sampling, row_noise
+from .candidates import prefix, sample
 
 # %% ../nbs/06_inference.ipynb #72f33f36
 def answer(
@@ -25,7 +22,7 @@ def answer(
     "One answer to one question"
     return llm.generate([llm.render(question, system)], 1, sampling, seed)[0][0].text
 
-# %% ../nbs/06_inference.ipynb #7a3e88c7
+# %% ../nbs/06_inference.ipynb #f55f1da9
 def stream(
     llm:LLM, # A loaded model
     text:str, # Rendered chat text
@@ -33,10 +30,10 @@ def stream(
     seed:int=42, # Of the sampling
 ):
     "Yield the answer in pieces, whole characters only"
-    from selfalign.llm import row_noise
     ids, shown = [], ''
     noise = row_noise(seed, text, 0, sampling.max_new_tokens)[None]
     for _,(t,) in llm.decode([llm.encode(text, sampling.max_new_tokens)], noise, sampling):
+        if t in llm.stop: break
         ids.append(t)
         now = llm.tok.decode(ids, skip_special_tokens=True)
         if now.endswith('\ufffd') or len(now)<=len(shown): continue
@@ -71,7 +68,7 @@ def talk(
             history[name] += [dict(role='user', content=line), dict(role='assistant', content=said.strip())]
     return history
 
-# %% ../nbs/06_inference.ipynb #386b665b
+# %% ../nbs/06_inference.ipynb #faa8d929
 def answers(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm:LLM, # The model that answers
@@ -82,17 +79,9 @@ def answers(
     seed:int=42, # Of the sampling
     batch_size:int=32, # Rows decoded together
     progress:str='', # Label of a progress bar
-)->list: # Rows `prompt_id, prompt, model, completion, n_tokens, finished`, in the order of `rows`
-    "Answer every instruction once and write the answers; an interrupted step goes on where it stopped"
-    part = Partial(out, dict(step='answers', model=llm.fingerprint(), label=label, sampling=asdict(sampling), system=system, seed=seed))
-    have = {r['prompt_id'] for r in part.rows}
-    todo = [r for r in rows if r['prompt_id'] not in have]
-    def done(batch):
-        part.add([dict(prompt_id=todo[i]['prompt_id'], prompt=todo[i]['prompt'], model=label, completion=c.text, n_tokens=c.n_tokens, finished=c.finished) for i,(c,) in batch])
-    llm.generate([llm.render(r['prompt'], system) for r in todo], 1, sampling, seed, batch_size, progress, done)
-    place = {r['prompt_id']: i for i,r in enumerate(rows)}
-    part.rows = [r for r in part.rows if r['prompt_id'] in place]
-    return part.finish(lambda r: place[r['prompt_id']])
+)->list: # Rows `prompt_id, prompt, model, completion, n_tokens, finished, ...`, in the order of `rows`
+    "Answer every instruction once: candidates with n = 1, the model called by its role"
+    return sample(rows, llm, out, 1, sampling, system, seed, batch_size, progress, label)
 
 # %% ../nbs/06_inference.ipynb #e1985454
 def side_by_side(

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['criteria', 'digits', 'content_free', 'anchors', 'joint_format', 'modes', 'judge_texts', 'expected', 'information',
-           'fresh', 'voice', 'likelihood_scores', 'joint_prompt', 'parse_joint', 'word_scores', 'mean_scores',
+           'fresh', 'voice', 'likelihood_scores', 'joint_prompt', 'parse_joint', 'joint', 'word_scores', 'mean_scores',
            'judge_rows', 'grade', 'reply_pairs', 'agreement']
 
-# %% ../nbs/03_judge.ipynb #0de9daca
+# %% ../nbs/03_judge.ipynb #b3822bad
 import json, re
 from pathlib import Path
 
-from .data import BadInput, nearest, read_jsonl
-from .llm import LLM, Sampling, render
+from .data import BadInput, nearest
+from .llm import LLM, Sampling
 from .candidates import Partial, prefix, repetition
 
 # %% ../nbs/03_judge.ipynb #8c33b744
@@ -25,7 +25,7 @@ criteria = {
 }
 digits = ['1', '2', '3', '4', '5']
 
-# %% ../nbs/03_judge.ipynb #ac8a00bd
+# %% ../nbs/03_judge.ipynb #9e98a319
 def judge_texts(
     llm:LLM, # The judge
     prompt:str, # The instruction
@@ -35,7 +35,7 @@ def judge_texts(
     head = f'Вопрос:\n{prompt.strip()}\n\nОтвет:\n{completion.strip()} —'
     tails = [f'\n\nКритерий «{name}». {text}\nОценка от 1 до 5 (одна цифра):' for name,text in criteria.items()]
     full = [llm.render(head+t) for t in tails]
-    cut = full[0].index('\n\nКритерий «')
+    cut = full[0].rindex('\n\nКритерий «')
     return full[0][:cut], [f[cut:] for f in full]
 
 # %% ../nbs/03_judge.ipynb #606c1080
@@ -95,13 +95,13 @@ def voice(
                       completeness=float(lp[-1]), redundancy=repetition(rows[i]['completion']))
     return res
 
-# %% ../nbs/03_judge.ipynb #01966dfe
+# %% ../nbs/03_judge.ipynb #600aee40
 anchors = { # criterion: (measure, value that deserves 1, value that deserves 5)
-    'Краткость':    ('density', 0., 1.2),
-    'Полезность':   ('substance', 0., 25.),
+    'Краткость':    ('density', 0., .8),
+    'Полезность':   ('substance', 0., 20.),
     'Точность':     ('belief', -4., -1.),
-    'Ясность':      ('fluency', -4.5, -1.5),
-    'Лаконичность': ('redundancy', .4, 0.),
+    'Ясность':      ('completeness', -6., -.5),
+    'Лаконичность': ('density', 0., .8),
 }
 
 def likelihood_scores(
@@ -126,10 +126,10 @@ def joint_prompt(
     scale = '; '.join(f'{k}: {v}' for k,v in criteria.items())
     return (f'{prefix} {instruction.strip()}. Дай краткий и содержательный ответ, затем оцени ответ от 1 до 5 по критериям: {scale} Важно! '+joint_format[fmt])
 
-# %% ../nbs/03_judge.ipynb #73857f7c
+# %% ../nbs/03_judge.ipynb #438faf71
 _num = r'(?<![\d.,])([1-5](?:[.,]\d{1,2})?)(?![\d])'
 _grade = re.compile(r'(?:оценк\w*|балл\w*|рейтинг|estimate|score|grade|rating)\W{0,12}(?:от 1 до 5\W{0,8})?(?:ответ\w*\W{0,5})?'+_num+r'(?!\s*(?:до|-|–)\s*\d)', re.I)
-_last = re.compile(r'(?:^|[\s,;.!?*(\[«"])\**'+_num+r'\**(?:\s*(?:/|из)\s*5)?\**[\s.)\]»"!]*$')
+_last = re.compile(r'(?:^|(?<!до)[\s,;.!?*(\[«"])\**'+_num+r'\**(?:\s*(?:/|из)\s*5)?\**[\s.)\]»"!]*$')
 _json = re.compile(r'\{[^{}]*\}', re.S)
 
 def _on_scale(x):
@@ -159,7 +159,22 @@ def parse_joint(
     ms = list(_grade.finditer(txt))
     m = ms[-1] if ms else _last.search(txt)
     if not m: return txt or None, None
-    return txt[:(ms[0] if ms else m).start()].strip(' \n\t,;*-—([') or None, _on_scale(m[1])
+    answer = txt[:(ms[0] if ms else m).start()].strip(' \n\t,;*-—([')
+    if not answer and not ms: return txt, None  # a lone number is the answer, not a grade
+    return answer or None, _on_scale(m[1])
+
+# %% ../nbs/03_judge.ipynb #19d01eaf
+def joint(
+    rows:list, # Instructions, with `prompt`
+    llm:LLM, # The model that answers and grades itself
+    fmt:str='text', # `text` or `json`
+    sampling:Sampling=Sampling(), # The reference project's settings
+    seed:int=42, # Of the sampling
+    progress:str='', # Label of a progress bar
+)->list: # The rows with `raw`, `completion` and `score`; the last two None where they could not be read
+    "One reply that holds an answer and its grade, as in the reference project"
+    cs = llm.generate([llm.render(joint_prompt(r['prompt'], fmt)) for r in rows], 1, sampling, seed, progress=progress)
+    return [{**r, 'raw': c.text, **dict(zip(('completion', 'score'), parse_joint(c.text)))} for r,(c,) in zip(rows, cs)]
 
 # %% ../nbs/03_judge.ipynb #a5284e04
 modes = ['words', 'likelihood', 'mix', 'joint']

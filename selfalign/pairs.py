@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['flaw', 'best_worst', 'build', 'enough', 'write_csv', 'make_pairs', 'plot_pairs']
 
-# %% ../nbs/04_pairs.ipynb #0ac10ee8
+# %% ../nbs/04_pairs.ipynb #fcf268e6
 import csv, io, os
 from collections import Counter
 from pathlib import Path
 
-from .data import BadInput, cyrillic_share, hash01, read_jsonl, write_jsonl
+from .data import BadInput, cyrillic_share, hash01, write_jsonl
 from .candidates import repetition
 
 # %% ../nbs/04_pairs.ipynb #0f813ea1
@@ -27,49 +27,57 @@ def flaw(
     if repetition(txt)>most: return 'repeats itself'
     if (cyrillic_share(r['prompt']) or 0)>=.5 and any(c.isalpha() for c in txt) and cyrillic_share(txt)<cyrillic: return 'another language'
 
-# %% ../nbs/04_pairs.ipynb #223c121c
+# %% ../nbs/04_pairs.ipynb #6bf99315
 def best_worst(
     rows:list, # Score rows of one prompt
     margin:float=.25, # Smallest difference of scores worth learning from, in points
+    longest:float=0., # The chosen answer is at most so many times as long as the rejected one, in characters; 0: as long as it likes
 )->tuple: # (pair, None) or (None, reason)
     "The best answer that may be chosen against the worst graded one"
     graded = [r for r in rows if r.get('score') is not None and r['completion'].strip()]
     if len(graded)<2: return None, 'fewer than two graded answers'
     fit = [r for r in graded if flaw(r) is None]
     if not fit: return None, 'no answer fit to be chosen: '+Counter(flaw(r) for r in graded).most_common(1)[0][0]
-    best, worst = max(fit, key=lambda r: r['score']), min(graded, key=lambda r: r['score'])
-    if best['completion'].strip()==worst['completion'].strip(): return None, 'the same answer'
+    if len({r['completion'].strip() for r in graded})==1: return None, 'the same answer'
+    best = max(fit, key=lambda r: r['score'])
+    if longest: graded = [r for r in graded if r is best or len(best['completion'])<=longest*len(r['completion'])]
+    if len(graded)<2: return None, 'no answer to reject is long enough'
+    worst = min(graded, key=lambda r: r['score'])
     gap = best['score']-worst['score']
     if gap<=0: return None, 'tie'
+    if best['completion'].strip()==worst['completion'].strip(): return None, 'the same answer'
     if gap<margin: return None, 'margin too small'
     return dict(prompt_id=best['prompt_id'], prompt=best['prompt'], chosen=best['completion'].strip(), rejected=worst['completion'].strip(),
                 score_chosen=best['score'], score_rejected=worst['score'], margin=round(gap, 4)), None
 
-# %% ../nbs/04_pairs.ipynb #c36208e9
+# %% ../nbs/04_pairs.ipynb #52316394
 def build(
     rows:list, # Score rows
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
+    longest:float=0., # As in `best_worst`
 )->tuple: # (pairs, with `split`; Counter of the reasons why other prompts gave none)
     "One pair a prompt, where there is a sound one"
     by = {}
     for r in rows: by.setdefault(r['prompt_id'], []).append(r)
-    found = {k: best_worst(rs, margin) for k,rs in by.items()}
+    found = {k: best_worst(rs, margin, longest) for k,rs in by.items()}
     pairs = [{**p, 'split': 'test' if hash01('pairs'+k)<test_share else 'train'} for k,(p,_) in found.items() if p]
     return pairs, Counter(why for p,why in found.values() if not p)
 
-# %% ../nbs/04_pairs.ipynb #acdd55c6
+# %% ../nbs/04_pairs.ipynb #092fd8a4
 def enough(
     pairs:list, # Of `build`
     lost:Counter, # Of `build`
     least:int=2, # Fewest pairs a training makes sense with
 )->list:
-    "The pairs, if there are enough; `BadInput` with the reasons otherwise"
-    if len(pairs)>=least: return pairs
-    why = '; '.join(f'{n} x {k}' for k,n in lost.most_common()) or 'there were no candidates'
-    raise BadInput(f'pairs.jsonl: {len(pairs)} pairs, at least {least} are needed ({why}); sample more candidates, lower `margin` or raise `max_new_tokens`')
+    "The pairs to train on, if there are enough; `BadInput` with the reasons otherwise"
+    train = [p for p in pairs if p['split']=='train']
+    if len(train)>=least: return train
+    aside = {'set aside for testing': len(pairs)-len(train)} if len(pairs)>len(train) else {}
+    why = '; '.join(f'{n} x {k}' for k,n in Counter({**aside, **lost}).most_common()) or 'there were no candidates'
+    raise BadInput(f'pairs.jsonl: {len(train)} pairs, at least {least} are needed ({why}); sample more candidates, lower `margin` or raise `max_new_tokens`')
 
-# %% ../nbs/04_pairs.ipynb #c7ad5786
+# %% ../nbs/04_pairs.ipynb #650c16ea
 def write_csv(
     path:Path, # File to write
     rows:list, # Score rows
@@ -88,10 +96,11 @@ def make_pairs(
     folder:Path, # Where the files go
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
+    longest:float=0., # As in `best_worst`
 )->dict: # Counts for the run's record
     "Write `pairs.jsonl` and `data4alignment_{train,test}.csv`"
-    pairs, lost = build(rows, margin, test_share)
-    enough([p for p in pairs if p['split']=='train'], lost)
+    pairs, lost = build(rows, margin, test_share, longest)
+    enough(pairs, lost)
     folder = Path(folder)
     write_jsonl(folder/'pairs.jsonl', pairs)
     for split in ('train', 'test'):
