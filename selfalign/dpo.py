@@ -85,7 +85,7 @@ def lora(
     from peft import LoraConfig
     return LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], lora_dropout=0., target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/05_dpo.ipynb #d86d6f66
+# %% ../nbs/05_dpo.ipynb #a1eb4bf2
 def last_checkpoint(
     out:Path, # A model's folder
 ):
@@ -129,7 +129,7 @@ def run_trainer(
     out.mkdir(parents=True, exist_ok=True); note.write_text(key)
     trainer.train(resume_from_checkpoint=ckpt)
     log = [r for r in trainer.state.log_history if 'loss' in r]
-    trainer.model.save_pretrained(out)
+    trainer.model.save_pretrained(out, save_embedding_layers=False)
     llm.tok.save_pretrained(out)
     trainer.state.save_to_json(str(out/'trainer_state.json'))
     write_jsonl(out/'log.jsonl', log)

@@ -435,7 +435,7 @@ def keep_heap():
     try: libc = ctypes.CDLL('libc.so.6'); libc.mallopt(-4, 0); libc.mallopt(-1, 2**31-1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError): pass  # another C library
 
-# %% ../nbs/01_llm.ipynb #ad3e2f76
+# %% ../nbs/01_llm.ipynb #80c9696c
 def load(
     model:str='embedded', # `embedded`, `embedded-base`, a hub id, a folder, a `.gguf` file, or an adapter's folder
     adapter:str=None, # Folder of a LoRA adapter to put on top; merged into the weights
@@ -490,7 +490,7 @@ def merge_adapter(
             m = PeftModel.from_pretrained(model, folder)
     except Exception as e: raise BadInput(f'{folder}: this adapter does not fit the model ({" ".join(str(e).split())[:160]})') from e
     with safe_open(Path(folder)/'adapter_model.safetensors', 'pt') as f: stored = set(f.keys())
-    if stored!=set(get_peft_model_state_dict(m)): raise BadInput(f'{folder}: this adapter does not fit the model (other layers; it was trained on another one)')
+    if stored!=set(get_peft_model_state_dict(m, save_embedding_layers=False)): raise BadInput(f'{folder}: this adapter does not fit the model (other layers; it was trained on another one)')
     return m.merge_and_unload()
 
 # %% ../nbs/01_llm.ipynb #a4fea16b
