@@ -18,7 +18,7 @@ demo: env
 	$(BIN)/selfalign run quickstart
 
 test: env
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider --durations=12 .ci
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --durations=12 .ci
 
 docs: env
 	$(BIN)/python .ci/docs.py

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['prefix', 'words', 'repetition', 'spread', 'Partial', 'sample']
 
-# %% ../nbs/02_candidates.ipynb #4d1b993b
+# %% ../nbs/02_candidates.ipynb #f7f23ebe
 import json, os, re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from .data import write_jsonl
+from .data import write_jsonl, write_text
 from .llm import LLM, Sampling
 
 # %% ../nbs/02_candidates.ipynb #3f50e21c
@@ -43,7 +43,7 @@ def spread(
     ds = [1-len(a&b)/len(a|b) if a|b else 0. for a,b in combinations(ws, 2)]
     return sum(ds)/len(ds) if ds else 0.
 
-# %% ../nbs/02_candidates.ipynb #ce26fee2
+# %% ../nbs/02_candidates.ipynb #24da30ad
 class Partial:
     "Rows of a step that is not finished yet, kept in `<path>.part` under a key; other keys start afresh"
     def __init__(self,
@@ -78,6 +78,15 @@ class Partial:
             f.flush(); os.fsync(f.fileno())
         self.rows += rows
 
+    def keep(self,
+        wanted, # Function of a row: is it still wanted?
+    ):
+        "Forget every other row, on the disk too"
+        rows = [r for r in self.rows if wanted(r)]
+        if len(rows)==len(self.rows): return
+        self.rows = rows
+        write_text(self.part, '\n'.join([self.key, *(json.dumps(r, ensure_ascii=False) for r in rows)])+'\n')
+
     def finish(self,
         order, # Key function: the order of the final file does not depend on when a row was made
     )->list:
@@ -87,7 +96,7 @@ class Partial:
         self.part.unlink(missing_ok=True)
         return rows
 
-# %% ../nbs/02_candidates.ipynb #c75a9b87
+# %% ../nbs/02_candidates.ipynb #9260d5bf
 def sample(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm:LLM,   # The model that answers
@@ -105,11 +114,11 @@ def sample(
     part = Partial(out, dict(step='candidates', model=fp, n=n, sampling=asdict(sampling), system=system, seed=seed))
     got = Counter((r['prompt_id'], r['prompt']) for r in part.rows)
     todo = [r for r in rows if got[r['prompt_id'], r['prompt']]!=n]
-    part.rows = [r for r in part.rows if got[r['prompt_id'], r['prompt']]==n]
+    part.keep(lambda r: got[r['prompt_id'], r['prompt']]==n)
     def done(batch):
         part.add([dict(prompt_id=todo[i]['prompt_id'], sample=k, prompt=todo[i]['prompt'], completion=c.text, n_tokens=c.n_tokens,
                        finished=c.finished, model=label or llm.name, seed=seed) for i,cs in batch for k,c in enumerate(cs)])
     llm.generate([llm.render(r['prompt'], system) for r in todo], n, sampling, seed, batch_size, progress, done)
     place = {r['prompt_id']: i for i,r in enumerate(rows)}
-    part.rows = [r for r in part.rows if r['prompt_id'] in place]
+    part.keep(lambda r: r['prompt_id'] in place)
     return part.finish(lambda r: (place[r['prompt_id']], r['sample']))

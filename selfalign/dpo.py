@@ -7,14 +7,14 @@ __all__ = ['train_defaults', 'deserved', 'user_turn', 'to_trl', 'settings', 'tra
            'run_trainer', 'train_dpo', 'plot_log', 'answer_rows', 'judge_lessons', 'as_tokens', 'train_sft', 'halve',
            'model_card']
 
-# %% ../nbs/05_dpo.ipynb #6f43de5f
+# %% ../nbs/05_dpo.ipynb #66918dd8
 import hashlib, json, os, random, shutil
 from pathlib import Path
 
-from .data import BadInput, hash01, nearest, write_json, write_jsonl
+from .data import BadInput, hash01, nearest, write_json, write_jsonl, write_text
 from .llm import LLM, bar, end_of_turn, merge_system
 from .candidates import prefix
-from .judge import criteria, judge_texts
+from .judge import criteria, damage, damages, judge_texts, learned
 
 # %% ../nbs/05_dpo.ipynb #8fafb225
 def user_turn(
@@ -85,7 +85,7 @@ def lora(
     from peft import LoraConfig
     return LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], lora_dropout=0., target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/05_dpo.ipynb #a1eb4bf2
+# %% ../nbs/05_dpo.ipynb #8dbc34ff
 def last_checkpoint(
     out:Path, # A model's folder
 ):
@@ -126,7 +126,7 @@ def run_trainer(
     note = out/'checkpoints.key'
     ckpt = last_checkpoint(out) if resume and note.exists() and note.read_text()==key else None
     if not ckpt: shutil.rmtree(out/'checkpoints', ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True); note.write_text(key)
+    out.mkdir(parents=True, exist_ok=True); write_text(note, key)
     trainer.train(resume_from_checkpoint=ckpt)
     log = [r for r in trainer.state.log_history if 'loss' in r]
     trainer.model.save_pretrained(out, save_embedding_layers=False)
@@ -186,7 +186,7 @@ def answer_rows(
     fit = [r for r in replies if wanted(r)]
     return [dict(prompt=user_turn(r['prompt'], system), completion=[dict(role='assistant', content=r['reply'])]) for r in fit]
 
-# %% ../nbs/05_dpo.ipynb #ce6430f5
+# %% ../nbs/05_dpo.ipynb #0cea89cd
 deserved = { # flaw: the five grades in the order of `criteria`
     None:       (5, 5, 5, 5, 5),
     'padded':   (1, 4, 4, 4, 1),
@@ -197,25 +197,28 @@ deserved = { # flaw: the five grades in the order of `criteria`
 
 def judge_lessons(
     llm:LLM, # For its chat text
-    replies:list, # Of `load_replies`, with `flaw`
-    n:int=240, # How many lessons
-    seed:int=42, # Which replies and criteria
+    replies:list, # Of `load_replies`
+    n:int=720, # How many lessons
+    seed:int=42, # Which replies, damages and criteria
 )->list:
-    "SFT rows for the judging role: half of them about good replies, each asking for one criterion's digit"
+    "SFT rows for the judging role, each asking for one criterion's digit: half about good replies, three in eight about damaged ones, the rest about flawed ones"
     rng = random.Random(seed)
-    good, bad = ([r for r in replies if (r.get('flaw') is None)==g and r['rank'] is not None] for g in (True, False))
-    for r in bad:
-        if r['flaw'] not in deserved: raise BadInput(f'flaw {r["flaw"]!r} of a reply is unknown{nearest(str(r["flaw"]), [f for f in deserved if f])}')
+    for r in replies:
+        if r.get('flaw') not in deserved: raise BadInput(f'flaw {r["flaw"]!r} of a reply is unknown{nearest(str(r["flaw"]), [f for f in deserved if f])}')
+    def graded(rs, grades): return [(r['prompt'], r['completion'], grades(r)) for r in rs]
+    good = [dict(prompt=r['prompt'], completion=r['reply']) for r in replies if not r['rank'] and not r.get('flaw')]
+    flawed = [dict(prompt=r['prompt'], completion=r['reply'], flaw=r['flaw']) for r in replies if r.get('flaw')]
+    bad = damage(good, learned, seed)
+    stock = [graded(good, lambda r: deserved[None]), graded(bad, lambda r: damages[r['damage']][2]), graded(flawed, lambda r: deserved[r['flaw']])]
     rows = []
-    for i in range(n if bad else 0):
-        rs = (good, bad)[i%2]
-        if not rs: continue
-        r, k = rng.choice(rs), rng.randrange(len(criteria))
-        head, tails = judge_texts(llm, r['prompt'], r['reply'])
-        rows.append(dict(prompt=head+tails[k], completion=str(deserved[r.get('flaw')][k])))
+    for i in range(n if good else 0):
+        p, c, grades = rng.choice(stock[0] if i%2==0 else stock[2] if i%8==7 and flawed else stock[1])
+        k = rng.randrange(len(criteria))
+        head, tails = judge_texts(llm, p, c)
+        rows.append(dict(prompt=head+tails[k], completion=str(grades[k])))
     return rows
 
-# %% ../nbs/05_dpo.ipynb #5e4e19b2
+# %% ../nbs/05_dpo.ipynb #b4eecfa0
 def as_tokens(
     llm:LLM, # For its chat template and tokenizer
     row:dict, # An answering or a judging row
@@ -232,6 +235,7 @@ def train_sft(
     out:Path,  # Folder of the adapter
     resume:bool=True, # Go on from a checkpoint?
     progress:str='', # Label of a progress bar; empty: none
+    about:dict=None, # What else `run.json` should say, such as the `damages` a judge has seen
     **kw, # Of `train_defaults`
 )->list: # Logged rows
     "Warm start: LoRA supervised fine-tuning on completions only (TRL's SFTTrainer)"
@@ -242,7 +246,7 @@ def train_sft(
     args = trainer_args(SFTConfig, s, Path(out)/'checkpoints', llm, completion_only_loss=True, train_sampling_strategy='group_by_length')
     data = Dataset.from_list([as_tokens(llm, r) for r in rows])
     trainer = SFTTrainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok, peft_config=lora(s))
-    return run_trainer(trainer, out, llm, data, dict(method='sft', rows=len(rows), settings=s), resume, progress)
+    return run_trainer(trainer, out, llm, data, dict(method='sft', rows=len(rows), settings=s, **(about or {})), resume, progress)
 
 # %% ../nbs/05_dpo.ipynb #6085c74e
 def halve(
@@ -255,7 +259,7 @@ def halve(
     save_file({k: v.to(torch.float16) for k,v in load_file(f).items()}, f, metadata={'format': 'pt'})
     return f.stat().st_size
 
-# %% ../nbs/05_dpo.ipynb #81eaa33b
+# %% ../nbs/05_dpo.ipynb #b46ca687
 def model_card(
     out:Path, # The adapter's folder, with its `run.json`
     title:str, # First line
@@ -270,5 +274,4 @@ def model_card(
     terms = '\n\n## Licence\n\nDerived from Gemma. Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.' if gemma else ''
     txt = (f'{head}# {title}\n\nA LoRA adapter for `{Path(r["base"]).name if Path(r["base"]).is_absolute() else r["base"]}`, trained with {r["method"].upper()} by [selfalign](https://github.com/selfalign/selfalign).\n\n'
            f'```python\nfrom selfalign.llm import load\nllm = load("models/{Path(out).name}")\n```\n\n{body}\n\n## Training\n\n| setting | value |\n|---|---|\n{table}{terms}\n')
-    (Path(out)/'README.md').write_text(txt, encoding='utf-8')
-    return Path(out)/'README.md'
+    return write_text(Path(out)/'README.md', txt)

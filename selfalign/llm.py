@@ -219,7 +219,7 @@ def row_noise(
     key = hashlib.sha256(f'{seed}|{sample}|{prompt}'.encode()).digest()[:7]
     return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(key, 'big')))
 
-# %% ../nbs/01_llm.ipynb #ed792dfd
+# %% ../nbs/01_llm.ipynb #341265cc
 class LLM:
     "A model with its tokenizer: `generate` answers, `weigh` choices, `logprobs` of given answers"
     def __init__(self,
@@ -234,6 +234,8 @@ class LLM:
 
     @property
     def device(self): return self.model.device
+    @property
+    def window(self): return getattr(self.model.config, 'max_position_embeddings', None) or 1<<20
     def __repr__(self): return f'LLM({self.name}, {self.model.config.model_type}, {sum(p.numel() for p in self.model.parameters())/1e6:.0f}M parameters, {str(self.model.dtype)[6:]} on {self.device})'
 
     def render(self,
@@ -251,9 +253,8 @@ class LLM:
     )->list:
         "Token ids; a text longer than the model's window loses its middle, and `n_cut` counts it"
         ids = self.tok(txt, add_special_tokens=False).input_ids
-        window = getattr(self.model.config, 'max_position_embeddings', None) or 1<<20
-        most = window-room
-        if most<window//8: raise BadInput(f'{self.name}: {room} tokens for the answer leave no room for a prompt in its window of {window}; lower max_new_tokens')
+        most = self.window-room
+        if most<self.window//8: raise BadInput(f'{self.name}: {room} tokens for the answer leave no room for a prompt in its window of {self.window}; lower max_new_tokens')
         if len(ids)<=most: return ids
         self.n_cut += 1
         return ids[:most//2]+ids[len(ids)-(most-most//2):]
@@ -551,7 +552,7 @@ def weigh_batch(self:LLM,
         p = out[torch.arange(len(out)), last].float().softmax(-1)[:, cid]
     return p.view(len(pids), k, len(cid)).cpu().numpy()
 
-# %% ../nbs/01_llm.ipynb #03649d3a
+# %% ../nbs/01_llm.ipynb #57f64e73
 @patch
 def logprobs(self:LLM,
     prompts:list,     # Rendered chat texts
@@ -562,18 +563,39 @@ def logprobs(self:LLM,
     "log p of every token of each completion and, last, of the end of the turn after it"
     import torch
     end = end_of_turn(self)
-    cids = [self.encode(c)+[end] for c in completions]
-    pids = [self.encode(p, len(c)) for p,c in zip(prompts, cids)]
+    cids = [self.encode(c, self.window//2)+[end] for c in completions]  # prompt and completion share the window
+    pids = [tuple(self.encode(p, len(c))) for p,c in zip(prompts, cids)]
     order, res = sorted(range(len(pids)), key=lambda i: (len(cids[i]), len(pids[i]))), [None]*len(pids)
     with bar(len(pids), progress, 'answer') as pbar:
         for b in batches(order, [len(c) for c in cids], batch_tokens):
-            x, keep = pad_left([pids[i]+cids[i] for i in b], self.tok.pad_token_id, self.device), max(len(cids[i]) for i in b)
-            with torch.inference_mode():
-                logits = self.model(**x, use_cache=False, logits_to_keep=keep+1).logits[:, :-1].float()
-                lp = logits.gather(2, x['input_ids'][:, -keep:, None])[..., 0]-logits.logsumexp(-1)
-            for i,row in zip(b, lp.cpu().numpy()): res[i] = row[keep-len(cids[i]):]
+            for i,row in zip(b, self.logprobs_batch([pids[i] for i in b], [cids[i] for i in b])): res[i] = row
             pbar.update(len(b))
     return res
+
+@patch
+def logprobs_batch(self:LLM,
+    pids:list, # Token ids of the prompts, as tuples
+    cids:list, # Token ids of the completions
+)->list: # Arrays of log p, one for each token of a completion
+    "One batch of `logprobs`: a prompt that several completions share is read once"
+    import torch
+    once = list(dict.fromkeys(pids))
+    which = torch.tensor([once.index(p) for p in pids], device=self.device)
+    n, pad = max(map(len, cids)), self.tok.pad_token_id
+    with torch.inference_mode():
+        x = pad_left(once, pad, self.device)
+        out = self.model(**x, use_cache=True, logits_to_keep=1)
+        y = torch.tensor([list(c)+[pad]*(n-len(c)) for c in cids], device=self.device)
+        def lp(logits, t): return logits.gather(2, t[..., None])[..., 0]-logits.logsumexp(-1)
+        first = lp(out.logits.float()[which], y[:, :1])
+        if n==1: return list(first.cpu().numpy())
+        out.past_key_values.batch_select_indices(which)
+        head = x['attention_mask'][which]
+        more = torch.tensor([[1]*len(c)+[0]*(n-len(c)) for c in cids], device=self.device)[:, :-1]
+        pos = head.sum(1, keepdim=True)+torch.arange(n-1, device=self.device)
+        rest = self.model(input_ids=y[:, :-1], attention_mask=torch.cat([head, more], 1), position_ids=pos, past_key_values=out.past_key_values, use_cache=True).logits.float()
+        both = torch.cat([first, lp(rest, y[:, 1:])], 1).cpu().numpy()
+    return [row[:len(c)] for row,c in zip(both, cids)]
 
 def end_of_turn(
     llm:LLM, # A loaded model

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['flaw', 'best_worst', 'build', 'enough', 'write_csv', 'make_pairs', 'plot_pairs']
 
-# %% ../nbs/04_pairs.ipynb #fcf268e6
-import csv, io, os
+# %% ../nbs/04_pairs.ipynb #59776c86
+import csv, io
 from collections import Counter
 from pathlib import Path
 
-from .data import BadInput, cyrillic_share, hash01, write_jsonl
+from .data import BadInput, cyrillic_share, hash01, write_jsonl, write_text
 from .candidates import repetition
 
 # %% ../nbs/04_pairs.ipynb #0f813ea1
@@ -27,40 +27,44 @@ def flaw(
     if repetition(txt)>most: return 'repeats itself'
     if (cyrillic_share(r['prompt']) or 0)>=.5 and any(c.isalpha() for c in txt) and cyrillic_share(txt)<cyrillic: return 'another language'
 
-# %% ../nbs/04_pairs.ipynb #6bf99315
+# %% ../nbs/04_pairs.ipynb #e9f5037e
 def best_worst(
     rows:list, # Score rows of one prompt
     margin:float=.25, # Smallest difference of scores worth learning from, in points
     longest:float=0., # The chosen answer is at most so many times as long as the rejected one, in characters; 0: as long as it likes
+    fuller:bool=False, # Must the chosen answer say at least as much about the question, in nats, where the judge has measured it?
 )->tuple: # (pair, None) or (None, reason)
-    "The best answer that may be chosen against the worst graded one"
+    "The answer that may be chosen and the graded one that differ most: the best against the worst, or the widest gap that `longest` and `fuller` allow"
     graded = [r for r in rows if r.get('score') is not None and r['completion'].strip()]
     if len(graded)<2: return None, 'fewer than two graded answers'
     fit = [r for r in graded if flaw(r) is None]
     if not fit: return None, 'no answer fit to be chosen: '+Counter(flaw(r) for r in graded).most_common(1)[0][0]
     if len({r['completion'].strip() for r in graded})==1: return None, 'the same answer'
-    best = max(fit, key=lambda r: r['score'])
-    if longest: graded = [r for r in graded if r is best or len(best['completion'])<=longest*len(r['completion'])]
-    if len(graded)<2: return None, 'no answer to reject is long enough'
-    worst = min(graded, key=lambda r: r['score'])
+    def nats(r): return (r.get('voice') or {}).get('substance', 0.)
+    couples = [(c, r) for c in fit for r in graded if c['completion'].strip()!=r['completion'].strip()]
+    if longest: couples = [(c, r) for c,r in couples if len(c['completion'])<=longest*len(r['completion'])]
+    if not couples: return None, 'no answer to reject is long enough'
+    if fuller: couples = [(c, r) for c,r in couples if nats(c)>=nats(r)]
+    if not couples: return None, 'the shorter answers say less'
+    best, worst = max(couples, key=lambda cr: cr[0]['score']-cr[1]['score'])
     gap = best['score']-worst['score']
-    if gap<=0: return None, 'tie'
-    if best['completion'].strip()==worst['completion'].strip(): return None, 'the same answer'
+    if gap<=0: return None, 'tie' if gap==0 else 'only the worse answer may be chosen'
     if gap<margin: return None, 'margin too small'
     return dict(prompt_id=best['prompt_id'], prompt=best['prompt'], chosen=best['completion'].strip(), rejected=worst['completion'].strip(),
                 score_chosen=best['score'], score_rejected=worst['score'], margin=round(gap, 4)), None
 
-# %% ../nbs/04_pairs.ipynb #52316394
+# %% ../nbs/04_pairs.ipynb #efd414de
 def build(
     rows:list, # Score rows
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
     longest:float=0., # As in `best_worst`
+    fuller:bool=False, # As in `best_worst`
 )->tuple: # (pairs, with `split`; Counter of the reasons why other prompts gave none)
     "One pair a prompt, where there is a sound one"
     by = {}
     for r in rows: by.setdefault(r['prompt_id'], []).append(r)
-    found = {k: best_worst(rs, margin, longest) for k,rs in by.items()}
+    found = {k: best_worst(rs, margin, longest, fuller) for k,rs in by.items()}
     pairs = [{**p, 'split': 'test' if hash01('pairs'+k)<test_share else 'train'} for k,(p,_) in found.items() if p]
     return pairs, Counter(why for p,why in found.values() if not p)
 
@@ -77,7 +81,7 @@ def enough(
     why = '; '.join(f'{n} x {k}' for k,n in Counter({**aside, **lost}).most_common()) or 'there were no candidates'
     raise BadInput(f'pairs.jsonl: {len(train)} pairs, at least {least} are needed ({why}); sample more candidates, lower `margin` or raise `max_new_tokens`')
 
-# %% ../nbs/04_pairs.ipynb #650c16ea
+# %% ../nbs/04_pairs.ipynb #2d76a686
 def write_csv(
     path:Path, # File to write
     rows:list, # Score rows
@@ -87,9 +91,7 @@ def write_csv(
     w = csv.writer(buf)
     w.writerow(['instruction', 'answer', 'estimate'])
     w.writerows([r['prompt'], r['completion'], round(r['score'], 4)] for r in rows if r.get('score') is not None)
-    tmp = Path(f'{path}.tmp')
-    tmp.write_text(buf.getvalue(), encoding='utf-8', newline='')
-    os.replace(tmp, path)
+    write_text(path, buf.getvalue())
 
 def make_pairs(
     rows:list, # Score rows
@@ -97,9 +99,10 @@ def make_pairs(
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
     longest:float=0., # As in `best_worst`
+    fuller:bool=False, # As in `best_worst`
 )->dict: # Counts for the run's record
     "Write `pairs.jsonl` and `data4alignment_{train,test}.csv`"
-    pairs, lost = build(rows, margin, test_share, longest)
+    pairs, lost = build(rows, margin, test_share, longest, fuller)
     enough(pairs, lost)
     folder = Path(folder)
     write_jsonl(folder/'pairs.jsonl', pairs)
