@@ -85,14 +85,16 @@ def lora(
     from peft import LoraConfig
     return LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], lora_dropout=0., target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/05_dpo.ipynb #8dbc34ff
+# %% ../nbs/05_dpo.ipynb #fc81bdd8
 def last_checkpoint(
     out:Path, # A model's folder
 ):
-    "The newest checkpoint of an interrupted training, or None"
-    from transformers.trainer_utils import get_last_checkpoint
-    d = Path(out)/'checkpoints'
-    return get_last_checkpoint(str(d)) if d.is_dir() else None
+    "The newest whole checkpoint of an interrupted training, or None; its `trainer_state.json` is written last, so one without it is torn"
+    found = [p for p in (Path(out)/'checkpoints').glob('checkpoint-*') if p.name[11:].isdigit()]
+    for p in sorted(found, key=lambda p: -int(p.name[11:])):
+        try: json.loads((p/'trainer_state.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError): continue
+        return str(p)
 
 def step_bar(
     label:str, # Of the bar
