@@ -1,10 +1,10 @@
-"The tests of `test_run.py` share one run: they go to one process, everything else is spread (pytest-xdist's own groups do not work with pytest 9.2)."
+"The tests of a file that share a run go to one process; the notebooks of `test_nbs.py` are spread (pytest-xdist's own groups do not work with pytest 9.2)."
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 
 class OneRun(LoadScopeScheduling):
-    def _split_scope(self, nodeid): return 'run' if 'test_run.py' in nodeid else nodeid
+    def _split_scope(self, nodeid): return nodeid if 'test_nbs.py' in nodeid else nodeid.split('::')[0]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -43,7 +43,7 @@ def spread(
     ds = [1-len(a&b)/len(a|b) if a|b else 0. for a,b in combinations(ws, 2)]
     return sum(ds)/len(ds) if ds else 0.
 
-# %% ../nbs/02_candidates.ipynb #24da30ad
+# %% ../nbs/02_candidates.ipynb #10a13fe3
 class Partial:
     "Rows of a step that is not finished yet, kept in `<path>.part` under a key; other keys start afresh"
     def __init__(self,
@@ -88,15 +88,15 @@ class Partial:
         write_text(self.part, '\n'.join([self.key, *(json.dumps(r, ensure_ascii=False) for r in rows)])+'\n')
 
     def finish(self,
-        order, # Key function: the order of the final file does not depend on when a row was made
+        order, # Key function: the order of the final file does not depend on when a row was made; None: leave the row out
     )->list:
         "Write the final file, remove the part"
-        rows = sorted(self.rows, key=order)
+        rows = sorted((r for r in self.rows if order(r) is not None), key=order)
         write_jsonl(self.path, rows)
         self.part.unlink(missing_ok=True)
         return rows
 
-# %% ../nbs/02_candidates.ipynb #9260d5bf
+# %% ../nbs/02_candidates.ipynb #6300e7c7
 def sample(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm:LLM,   # The model that answers
@@ -120,5 +120,4 @@ def sample(
                        finished=c.finished, model=label or llm.name, seed=seed) for i,cs in batch for k,c in enumerate(cs)])
     llm.generate([llm.render(r['prompt'], system) for r in todo], n, sampling, seed, batch_size, progress, done)
     place = {r['prompt_id']: i for i,r in enumerate(rows)}
-    part.keep(lambda r: r['prompt_id'] in place)
-    return part.finish(lambda r: (place[r['prompt_id']], r['sample']))
+    return part.finish(lambda r: (place[r['prompt_id']], r['sample']) if r['prompt_id'] in place else None)

@@ -7,14 +7,14 @@ __all__ = ['train_defaults', 'deserved', 'user_turn', 'to_trl', 'settings', 'tra
            'run_trainer', 'train_dpo', 'plot_log', 'answer_rows', 'judge_lessons', 'as_tokens', 'train_sft', 'halve',
            'model_card']
 
-# %% ../nbs/05_dpo.ipynb #66918dd8
+# %% ../nbs/05_dpo.ipynb #c861ef2a
 import hashlib, json, os, random, shutil
 from pathlib import Path
 
 from .data import BadInput, hash01, nearest, write_json, write_jsonl, write_text
 from .llm import LLM, bar, end_of_turn, merge_system
 from .candidates import prefix
-from .judge import criteria, damage, damages, judge_texts, learned
+from .judge import criteria, damage, damages, good_replies, judge_texts, learned
 
 # %% ../nbs/05_dpo.ipynb #8fafb225
 def user_turn(
@@ -188,7 +188,7 @@ def answer_rows(
     fit = [r for r in replies if wanted(r)]
     return [dict(prompt=user_turn(r['prompt'], system), completion=[dict(role='assistant', content=r['reply'])]) for r in fit]
 
-# %% ../nbs/05_dpo.ipynb #0cea89cd
+# %% ../nbs/05_dpo.ipynb #2f398d01
 deserved = { # flaw: the five grades in the order of `criteria`
     None:       (5, 5, 5, 5, 5),
     'padded':   (1, 4, 4, 4, 1),
@@ -208,7 +208,7 @@ def judge_lessons(
     for r in replies:
         if r.get('flaw') not in deserved: raise BadInput(f'flaw {r["flaw"]!r} of a reply is unknown{nearest(str(r["flaw"]), [f for f in deserved if f])}')
     def graded(rs, grades): return [(r['prompt'], r['completion'], grades(r)) for r in rs]
-    good = [dict(prompt=r['prompt'], completion=r['reply']) for r in replies if not r['rank'] and not r.get('flaw')]
+    good = good_replies(replies)
     flawed = [dict(prompt=r['prompt'], completion=r['reply'], flaw=r['flaw']) for r in replies if r.get('flaw')]
     bad = damage(good, learned, seed)
     stock = [graded(good, lambda r: deserved[None]), graded(bad, lambda r: damages[r['damage']][2]), graded(flawed, lambda r: deserved[r['flaw']])]

@@ -8,10 +8,10 @@ __all__ = ['criteria', 'digits', 'content_free', 'anchors', 'joint_format', 'mod
            'calibrated', 'habit', 'information', 'fresh', 'voice', 'likelihood_scores', 'joint_prompt', 'parse_joint',
            'joint', 'joint_scores', 'digit_probs', 'word_scores', 'hear', 'mean_scores', 'settle', 'judge_rows',
            'grade', 'sentences', 'other', 'cut', 'thrice', 'shuffled', 'echo', 'padded', 'english', 'headings',
-           'parrot', 'hedged', 'digression', 'typos', 'stuck', 'number', 'name', 'damage', 'right', 'bootstrap',
-           'hear_damages', 'examine', 'seen_damages', 'reply_pairs', 'read_pairs', 'both_replies', 'agreement',
-           'agreement_summary', 'choose_mix', 'choose_mode', 'near_chance', 'audit', 'find_audit', 'audit_table',
-           'plot_audit', 'as_list', 'biases', 'grading_costs', 'plot_belief']
+           'parrot', 'hedged', 'digression', 'typos', 'stuck', 'number', 'name', 'good_replies', 'damage', 'in_words',
+           'right', 'bootstrap', 'hear_damages', 'examine', 'seen_damages', 'reply_pairs', 'read_pairs', 'both_replies',
+           'agreement', 'agreement_summary', 'choose_mix', 'choose_mode', 'near_chance', 'audit', 'find_audit',
+           'audit_table', 'plot_audit', 'as_list', 'biases', 'grading_costs', 'plot_belief']
 
 # %% ../nbs/03_judge.ipynb #e614c66f
 import json, math, random, re
@@ -310,7 +310,7 @@ def judge_rows(
         res.append({**r, 'scores': scores, 'score': score, 'mass': h['mass'], 'voice': h['voice'] and {k: round(x, 4) for k,x in h['voice'].items()}, 'judge': f'{llm.name}:{mode}'})
     return res
 
-# %% ../nbs/03_judge.ipynb #4de2f124
+# %% ../nbs/03_judge.ipynb #6aca9f80
 def grade(
     rows:list, # Candidate rows
     llm:LLM,   # The judge
@@ -329,8 +329,7 @@ def grade(
     for i in range(0, len(todo), chunk):
         part.add(judge_rows(llm, todo[i:i+chunk], mode, system, progress and f'{progress} {min(i+chunk, len(todo))}/{len(todo)}', **kw))
     place = {key(r): i for i,r in enumerate(rows)}
-    part.keep(lambda r: key(r) in place)
-    return part.finish(lambda r: place[key(r)])
+    return part.finish(lambda r: place.get(key(r)))
 
 # %% ../nbs/03_judge.ipynb #042a0358
 def sentences(
@@ -422,14 +421,13 @@ def stuck(q, a, pool, rng):
     w = a.split()
     return a+' '+' '.join(w[-3:]*5) if len(w)>1 else None
 
-# %% ../nbs/03_judge.ipynb #173b4027
+# %% ../nbs/03_judge.ipynb #4ad6f645
 _numerals = 'один два три четыре пять шесть семь восемь девять десять двенадцать двадцать тридцать сорок пятьдесят сто тысяча'.split()
 
 def number(q, a, pool, rng):
     "Every number is another one"
     def digit(m):
-        x = ''.join(rng.choice([d for d in ('123456789' if i==0 else '0123456789') if d!=c]) for i,c in enumerate(m[0]))
-        return x
+        return ''.join(rng.choice([d for d in ('123456789' if i==0 else '0123456789') if d!=c]) for i,c in enumerate(m[0]))
     def word(m):
         w = rng.choice([n for n in _numerals if n!=m[0].lower()])
         return w.capitalize() if m[0][0].isupper() else w
@@ -444,7 +442,7 @@ def name(q, a, pool, rng):
     b = _name.sub(lambda m: rng.choice(names), a) if names else a
     return b if b!=a else None
 
-# %% ../nbs/03_judge.ipynb #1f2f972e
+# %% ../nbs/03_judge.ipynb #06e2aa5b
 damages = { # name: (function, group, the five grades the damaged answer deserves, in the order of `criteria`)
     'other':      (other,      'trained', (4, 1, 1, 4, 4)),
     'cut':        (cut,        'trained', (4, 2, 3, 1, 4)),
@@ -465,6 +463,12 @@ damages = { # name: (function, group, the five grades the damaged answer deserve
 
 learned = [d for d,(_,group,_) in damages.items() if group=='trained']
 
+def good_replies(
+    replies:list, # Of `load_replies`
+)->list: # Rows `prompt_id, prompt, completion`
+    "The replies nobody found fault with: ranked best or not ranked, and without a known flaw"
+    return [dict(prompt_id=r['prompt_id'], prompt=r['prompt'], completion=r['reply']) for r in replies if not r['rank'] and not r.get('flaw')]
+
 def damage(
     rows:list, # Rows with `prompt` and a good `completion`
     names=None, # Of `damages`; all unless given
@@ -480,7 +484,14 @@ def damage(
             if b and b.strip() and b!=r['completion'].strip(): res.append(dict(prompt=r['prompt'], completion=b, damage=k, of=i))
     return res
 
-# %% ../nbs/03_judge.ipynb #c15e359e
+# %% ../nbs/03_judge.ipynb #5feb40d3
+def in_words(
+    b:dict, # Of `bootstrap`
+    to:str=' to ', # Between the ends of the interval
+)->str: # Empty where there is no mean
+    "A mean with its interval, such as `0.83 (0.67 to 0.96)`"
+    return '' if b['mean'] is None else f'{b["mean"]:.2f} ({b["ci"][0]:.2f}{to}{b["ci"][1]:.2f})'
+
 def right(
     a:float, # Grade of the better answer, or None
     b:float, # Grade of the worse one, or None
@@ -504,7 +515,7 @@ def bootstrap(
         lo, hi = np.nanquantile(np.nanmean(np.nanmean(x[draws], axis=1), axis=1), [.025, .975])
         return dict(mean=float(np.nanmean(np.nanmean(x, axis=0))), ci=[float(lo), float(hi)], n=len(x))
 
-# %% ../nbs/03_judge.ipynb #e7d61e0b
+# %% ../nbs/03_judge.ipynb #e8255d54
 def hear_damages(
     llm:LLM, # The judge
     answers:list, # Good answers: rows with `prompt` and `completion`
@@ -535,6 +546,9 @@ def examine(
         by[h['damage']][h['of']] = {None: right(w, score), **{c: right(ws[c], scores[c]) for c in criteria}}
     by = {d: v for d,v in by.items() if v}
     def column(d, c=None): return [by[d].get(i, {}).get(c) for i in whole]
+    def mean(xs):
+        xs = [x for x in xs if x is not None]
+        return sum(xs)/len(xs) if xs else None
     def table(ds, c=None): return bootstrap(list(zip(*(column(d, c) for d in ds)))) if ds else bootstrap([])
     groups = {'trained': [], 'unseen': [], 'facts': []}
     for d in by: groups['facts' if damages[d][1]=='facts' else 'trained' if d in trained else 'unseen'].append(d)
@@ -542,7 +556,7 @@ def examine(
     plain = groups['trained']+groups['unseen']
     aims = {c: [d for d in plain if damages[d][2][k]<=2] for k,c in enumerate(criteria)}
     res.update(all=table(plain), criteria={c: {**table(ds, c), 'damages': ds} for c,ds in aims.items()},
-               by_criterion={c: {d: bootstrap(column(d, c))['mean'] for d in by} for c in criteria}, mode=mode, n=len(whole), ungraded=sum(s is None for _,s in got))
+               by_criterion={c: {d: mean(column(d, c)) for d in by} for c in criteria}, mode=mode, n=len(whole), ungraded=sum(s is None for _,s in got))
     res['blind'] = [d for g in groups for d,b in res[g]['by_damage'].items() if b['mean'] is None or b['ci'][0]<=.5]
     return res
 
@@ -640,13 +654,13 @@ def choose_mode(
     p = {m: examine(heard, m, learned, mix=mix)['trained']['mean'] or 0 for m in ('likelihood', 'words', 'mix')}
     return next(m for m in p if p[m]>=max(p.values())-close), p
 
-# %% ../nbs/03_judge.ipynb #fa93f1ee
+# %% ../nbs/03_judge.ipynb #b1103951
 def near_chance(
     exam:dict, # Of `examine`
     weights:dict=None, # Of the criteria, as in `mean_scores`
 )->list: # Sentences
     "The criteria that count and cannot be told from a coin on the damages aimed at them"
-    return [f'on {c} this judge is near chance: {b["mean"]:.2f} ({b["ci"][0]:.2f} to {b["ci"][1]:.2f}) over {", ".join(b["damages"])}'
+    return [f'on {c} this judge is near chance: {in_words(b)} over {", ".join(b["damages"])}'
             for c,b in exam['criteria'].items() if (weights or {}).get(c, 1)>0 and b['mean'] is not None and b['ci'][0]<=.5]
 
 def audit(
@@ -667,13 +681,14 @@ def audit(
     if k:
         found = hear_damages(llm, answers[:k], mode, seed, system, progress and progress+', finding the mix', learned)
         mix, by_share = choose_mix(found)
-        choice = dict(mode=choose_mode(found, mix)[0], p=choose_mode(found, mix)[1], by_share={str(s): v for s,v in by_share.to_dict().items()}, n=k)
+        best, p = choose_mode(found, mix)
+        choice = dict(mode=best, p=p, by_share={str(s): v for s,v in by_share.to_dict().items()}, n=k)
     heard = hear_damages(llm, answers[k:], mode, seed, system, progress)
     told = hear(llm, both_replies(pairs), mode, system, progress and progress+', pairs') if pairs else []
     def exam(m): return {**examine(heard, m, trained, mix=mix), **({'people': {**agreement_summary(agreement(pairs, told, m, mix=mix)), 'whose': whose}} if pairs else {})}
     res = {**exam(mode), 'judge': llm.name, 'fingerprint': llm.fingerprint(), 'mix': mix, 'chosen': choice}
     if mode=='mix': res['voices'] = {m: exam(m) for m in modes[:2]}
-    res['said'] = [f'blind to {d}: {b["mean"]:.2f} ({b["ci"][0]:.2f} to {b["ci"][1]:.2f})' for g in ('trained', 'unseen', 'facts') for d,b in res[g]['by_damage'].items() if d in res['blind'] and b['mean'] is not None]
+    res['said'] = [f'blind to {d}: {in_words(b)}' for g in ('trained', 'unseen', 'facts') for d,b in res[g]['by_damage'].items() if d in res['blind'] and b['mean'] is not None]
     res['said'] += near_chance(res)
     return res
 
@@ -685,18 +700,17 @@ def find_audit(
     f = Path(adapters[-1])/'audit.json' if adapters else None
     return read_json(f) if f and f.exists() else None
 
-# %% ../nbs/03_judge.ipynb #5a2c97fe
+# %% ../nbs/03_judge.ipynb #f2042a0f
 def audit_table(
     exams:dict, # Name: of `examine`
 ): # DataFrame
     "P(original graded higher) with its 95% interval, a damage a row, a judge a column"
     import pandas as pd
-    def say(b): return '' if b['mean'] is None else f'{b["mean"]:.2f} ({b["ci"][0]:.2f}-{b["ci"][1]:.2f})'
     rows = {}
     for name,e in exams.items():
         for g in ('trained', 'unseen', 'facts'):
-            for d,b in e[g]['by_damage'].items(): rows.setdefault(('facts' if damages[d][1]=='facts' else damages[d][1], d), {})[name] = say(b)
-            if e[g]['mean'] is not None: rows.setdefault((g, '(mean)'), {})[name] = say(e[g])
+            for d,b in e[g]['by_damage'].items(): rows.setdefault(('facts' if damages[d][1]=='facts' else damages[d][1], d), {})[name] = in_words(b, '-')
+            if e[g]['mean'] is not None: rows.setdefault((g, '(mean)'), {})[name] = in_words(e[g], '-')
     place = {g: i for i,g in enumerate(('trained', 'unseen', 'facts'))}
     return pd.DataFrame(rows).T.sort_index(level=0, key=lambda x: x.map(place), sort_remaining=False, kind='stable').rename_axis(['group', 'damage']).fillna('')
 

@@ -7,7 +7,7 @@ __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'cache_dir',
            'convert_gguf', 'embedded_base', 'tempfile_dir', 'ensure_template', 'merge_system', 'render', 'strip_marks',
            'Sampling', 'next_probs', 'penalise', 'Completion', 'row_noise', 'LLM', 'stop_ids', 'pad_left', 'choose',
            'bar', 'pick_device', 'resolve', 'explain', 'keep_heap', 'load', 'model_type', 'check_adapter',
-           'merge_adapter', 'choice_ids', 'end_of_turn', 'batches', 'tiny', 'tiny_tokenizer']
+           'merge_adapter', 'choice_ids', 'pad_right', 'end_of_turn', 'batches', 'tiny', 'tiny_tokenizer']
 
 # %% ../nbs/01_llm.ipynb #f611d2e1
 import hashlib, json, os, shutil
@@ -526,33 +526,52 @@ def weigh(self:LLM,
             pbar.update(len(b))
     return res
 
-# %% ../nbs/01_llm.ipynb #b930b68d
+# %% ../nbs/01_llm.ipynb #48487bad
+def pad_right(
+    ids:list, # Lists of token ids
+    pad:int,  # The padding token
+    device,   # Where to put the tensors
+)->tuple: # Tensors (rows, longest): ids, attention mask
+    "Token ids padded on the right, to go on after a text that was padded on the left"
+    import torch
+    n = max(map(len, ids))
+    return torch.tensor([list(i)+[pad]*(n-len(i)) for i in ids], dtype=torch.long, device=device), torch.tensor([[1]*len(i)+[0]*(n-len(i)) for i in ids], dtype=torch.long, device=device)
+
+@patch
+def read_on(self:LLM,
+    heads:list, # Token ids of the beginnings
+    which:list, # For each tail, the index of its beginning
+    tails:list, # Token ids of what follows
+    **kw, # Of the model's second pass, such as `logits_to_keep`
+)->tuple: # Logits after each beginning (heads, 1, vocabulary), logits in each tail (tails, longest or as `logits_to_keep` says, vocabulary)
+    "Read every beginning once and, from its cache, all the tails that follow it"
+    import torch
+    x = pad_left(heads, self.tok.pad_token_id, self.device)
+    out = self.model(**x, use_cache=True, logits_to_keep=1)
+    y, mask = pad_right(tails, self.tok.pad_token_id, self.device)
+    if not y.shape[1]: return out.logits, out.logits[which][:, :0]
+    out.past_key_values.batch_select_indices(torch.tensor(which, device=self.device))
+    head = x['attention_mask'][which]
+    pos = head.sum(1, keepdim=True)+torch.arange(y.shape[1], device=self.device)
+    return out.logits, self.model(input_ids=y, attention_mask=torch.cat([head, mask], 1), position_ids=pos, past_key_values=out.past_key_values, use_cache=True, **kw).logits
+
+# %% ../nbs/01_llm.ipynb #ea9a6e45
 @patch
 def weigh_batch(self:LLM,
     pids:list, # Token ids of the prefixes
     sids:list, # Token ids of the suffixes
     cid:list,  # Token ids of the choices
 ): # Array (prefixes, suffixes, choices)
-    "One batch of `weigh`: read the prefixes, repeat their cache for every suffix, read the suffixes"
+    "One batch of `weigh`: every suffix after every prefix"
     import torch
-    k, longest = len(sids), max(map(len, sids))
+    k, ends = len(sids), sorted({len(s)-1 for s in sids})
     with torch.inference_mode():
-        x = pad_left(pids, self.tok.pad_token_id, self.device)
-        cache = self.model(**x, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(k)
-        pad = self.tok.pad_token_id
-        sx = torch.tensor([s+[pad]*(longest-len(s)) for s in sids], device=self.device).repeat(len(pids), 1)
-        sm = torch.tensor([[1]*len(s)+[0]*(longest-len(s)) for s in sids], device=self.device).repeat(len(pids), 1)
-        mask = torch.cat([x['attention_mask'].repeat_interleave(k, 0), sm], 1)
-        pos = x['attention_mask'].sum(1).repeat_interleave(k)[:, None]+torch.arange(longest, device=self.device)
-        ends = sorted({len(s)-1 for s in sids})
-        out = self.model(input_ids=sx, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True,
-                         logits_to_keep=torch.tensor(ends, device=self.device)).logits
+        _, out = self.read_on(pids, [i for i in range(len(pids)) for _ in sids], sids*len(pids), logits_to_keep=torch.tensor(ends, device=self.device))
         last = torch.tensor([ends.index(len(s)-1) for s in sids], device=self.device).repeat(len(pids))
         p = out[torch.arange(len(out)), last].float().softmax(-1)[:, cid]
     return p.view(len(pids), k, len(cid)).cpu().numpy()
 
-# %% ../nbs/01_llm.ipynb #57f64e73
+# %% ../nbs/01_llm.ipynb #7585fe1d
 @patch
 def logprobs(self:LLM,
     prompts:list,     # Rendered chat texts
@@ -580,21 +599,11 @@ def logprobs_batch(self:LLM,
     "One batch of `logprobs`: a prompt that several completions share is read once"
     import torch
     once = list(dict.fromkeys(pids))
-    which = torch.tensor([once.index(p) for p in pids], device=self.device)
-    n, pad = max(map(len, cids)), self.tok.pad_token_id
+    which, y = [once.index(p) for p in pids], pad_right(cids, self.tok.pad_token_id, self.device)[0]
+    def lp(logits, t): return logits.gather(2, t[..., None])[..., 0]-logits.logsumexp(-1)
     with torch.inference_mode():
-        x = pad_left(once, pad, self.device)
-        out = self.model(**x, use_cache=True, logits_to_keep=1)
-        y = torch.tensor([list(c)+[pad]*(n-len(c)) for c in cids], device=self.device)
-        def lp(logits, t): return logits.gather(2, t[..., None])[..., 0]-logits.logsumexp(-1)
-        first = lp(out.logits.float()[which], y[:, :1])
-        if n==1: return list(first.cpu().numpy())
-        out.past_key_values.batch_select_indices(which)
-        head = x['attention_mask'][which]
-        more = torch.tensor([[1]*len(c)+[0]*(n-len(c)) for c in cids], device=self.device)[:, :-1]
-        pos = head.sum(1, keepdim=True)+torch.arange(n-1, device=self.device)
-        rest = self.model(input_ids=y[:, :-1], attention_mask=torch.cat([head, more], 1), position_ids=pos, past_key_values=out.past_key_values, use_cache=True).logits.float()
-        both = torch.cat([first, lp(rest, y[:, 1:])], 1).cpu().numpy()
+        first, rest = self.read_on(once, which, [c[:-1] for c in cids])
+        both = torch.cat([lp(first.float()[which], y[:, :1]), lp(rest.float(), y[:, 1:])], 1).cpu().numpy()
     return [row[:len(c)] for row,c in zip(both, cids)]
 
 def end_of_turn(

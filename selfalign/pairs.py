@@ -53,18 +53,17 @@ def best_worst(
     return dict(prompt_id=best['prompt_id'], prompt=best['prompt'], chosen=best['completion'].strip(), rejected=worst['completion'].strip(),
                 score_chosen=best['score'], score_rejected=worst['score'], margin=round(gap, 4)), None
 
-# %% ../nbs/04_pairs.ipynb #efd414de
+# %% ../nbs/04_pairs.ipynb #bc6bda89
 def build(
     rows:list, # Score rows
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
-    longest:float=0., # As in `best_worst`
-    fuller:bool=False, # As in `best_worst`
+    **rules, # `longest` and `fuller` of `best_worst`
 )->tuple: # (pairs, with `split`; Counter of the reasons why other prompts gave none)
     "One pair a prompt, where there is a sound one"
     by = {}
     for r in rows: by.setdefault(r['prompt_id'], []).append(r)
-    found = {k: best_worst(rs, margin, longest, fuller) for k,rs in by.items()}
+    found = {k: best_worst(rs, margin, **rules) for k,rs in by.items()}
     pairs = [{**p, 'split': 'test' if hash01('pairs'+k)<test_share else 'train'} for k,(p,_) in found.items() if p]
     return pairs, Counter(why for p,why in found.values() if not p)
 
@@ -81,7 +80,7 @@ def enough(
     why = '; '.join(f'{n} x {k}' for k,n in Counter({**aside, **lost}).most_common()) or 'there were no candidates'
     raise BadInput(f'pairs.jsonl: {len(train)} pairs, at least {least} are needed ({why}); sample more candidates, lower `margin` or raise `max_new_tokens`')
 
-# %% ../nbs/04_pairs.ipynb #2d76a686
+# %% ../nbs/04_pairs.ipynb #c3877aff
 def write_csv(
     path:Path, # File to write
     rows:list, # Score rows
@@ -98,11 +97,10 @@ def make_pairs(
     folder:Path, # Where the files go
     margin:float=.25, # Smallest difference of scores, in points
     test_share:float=.1, # Share of the prompts set aside
-    longest:float=0., # As in `best_worst`
-    fuller:bool=False, # As in `best_worst`
+    **rules, # `longest` and `fuller` of `best_worst`
 )->dict: # Counts for the run's record
     "Write `pairs.jsonl` and `data4alignment_{train,test}.csv`"
-    pairs, lost = build(rows, margin, test_share, longest, fuller)
+    pairs, lost = build(rows, margin, test_share, **rules)
     enough(pairs, lost)
     folder = Path(folder)
     write_jsonl(folder/'pairs.jsonl', pairs)

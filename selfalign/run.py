@@ -9,7 +9,7 @@ __all__ = ['keys', 'recipes', 'steps', 'do', 'which', 'commands', 'checked', 're
            'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'to_json', 'cmd_ask', 'cmd_chat', 'base_of',
            'usage', 'quiet', 'fail', 'main']
 
-# %% ../nbs/08_run.ipynb #987f8754
+# %% ../nbs/08_run.ipynb #be391e2d
 import hashlib, json, os, random, re, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.script import Param, anno_parser, store_true
 from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_replies, fingerprint, nearest, prepare, read_json, read_jsonl, repo_file, write_json, write_jsonl
 from .llm import Sampling, load, resolve
 from .candidates import prefix, sample
-from .judge import anchors, audit, audit_table, criteria, find_audit, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
+from .judge import anchors, audit, audit_table, criteria, find_audit, good_replies, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
 from .pairs import make_pairs
 from .dpo import answer_rows, halve, judge_lessons, model_card, train_dpo, train_sft
 from .inference import answers, stream, talk
@@ -268,7 +268,7 @@ def versions()->dict:
     from importlib.metadata import version
     return {n: version(n) for n in ('selfalign', 'torch', 'transformers', 'trl', 'peft', 'datasets')}
 
-# %% ../nbs/08_run.ipynb #d4a4b50f
+# %% ../nbs/08_run.ipynb #7929931c
 def train_rows(run):
     "Instructions to sample candidates for"
     rows = [r for r in read_jsonl(run.data/'instructions.jsonl') if r['split']=='train']
@@ -295,13 +295,13 @@ def do_candidates(run):
 
 def do_judge(run):
     rows = read_jsonl(run.data/'candidates.jsonl')
-    how, told, cut = run.judging(), find_audit(run.r['model']), run.model().n_cut
+    how, told, before = run.judging(), find_audit(run.r['model']), run.model().n_cut
     exam = {told['mode']: told, **told.get('voices', {})}.get(run.r['judge']) if told and told['fingerprint']==run.model().fingerprint() else None
     if exam: doubts = near_chance(exam, how['weights'])
     else: doubts = [f'nobody has audited this judge ({run.r["judge"]}); `selfalign audit --model {run.r["model"]} --mode {run.r["judge"]}` says how far it can be believed']
     for s in doubts: say(f'            warning: {s}')
     out = grade(rows, run.model(), run.data/'scores.jsonl', run.r['judge'], run.r['system'], progress='judge', **how)
-    n, cut = sum(r['score'] is None for r in out), run.model().n_cut-cut
+    n, cut = sum(r['score'] is None for r in out), run.model().n_cut-before
     if n: say(f'            {n} of {len(out)} answers got no grade; they are not used')
     if cut: say(f'            {cut} texts were longer than the model\'s window and lost their middle')
     return {'in': len(rows), 'out': len(out), 'ungraded': n, 'cut': cut, 'warnings': doubts, 'mix': how['mix']}
@@ -411,7 +411,7 @@ def cmd_dpo(
     run.resume = resume
     run.step('dpo', force=True)
 
-# %% ../nbs/08_run.ipynb #958137a3
+# %% ../nbs/08_run.ipynb #f2fb554f
 def cmd_sft(
     name:str='warm', # Name of the adapter: models/<name>/
     root:str='.', # Folder with models/
@@ -475,7 +475,7 @@ def audit_data(
     m = load_messages(data)
     held = {r['prompt_id'] for r in load_instructions(m)[0] if r['split']=='test'}
     replies = [r for r in load_replies(m) if r['prompt_id'] in held]
-    good = {r['prompt_id']: dict(prompt=r['prompt'], completion=r['reply']) for r in replies if not r['rank'] and not r.get('flaw')}
+    good = {r['prompt_id']: r for r in good_replies(replies)}
     if len(good)<2: raise BadInput(f'{data}: {len(good)} held-out instructions have a reply to damage, at least 2 are needed; take a source with replies, such as embedded or OpenAssistant/oasst1')
     rng = random.Random(seed)
     pick = lambda xs: rng.sample(xs, min(limit, len(xs)))
