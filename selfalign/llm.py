@@ -494,7 +494,7 @@ def merge_adapter(
     if stored!=set(get_peft_model_state_dict(m, save_embedding_layers=False)): raise BadInput(f'{folder}: this adapter does not fit the model (other layers; it was trained on another one)')
     return m.merge_and_unload()
 
-# %% ../nbs/01_llm.ipynb #a4fea16b
+# %% ../nbs/01_llm.ipynb #0ca6c946
 def choice_ids(
     tok, # Tokenizer
     choices:list, # Words such as "1" ... "5"
@@ -519,14 +519,14 @@ def weigh(self:LLM,
     sids = [self.encode(t) for t in suffixes]
     pids = [self.encode(t, max(map(len, sids))+1) for t in prefixes]
     order = sorted(range(len(pids)), key=lambda i: len(pids[i]))
-    res = np.zeros((len(pids), k, len(cid)), dtype=np.float32)
+    res, memo = np.zeros((len(pids), k, len(cid)), dtype=np.float32), {}
     with bar(len(pids), progress, 'answer') as pbar:
         for b in (order[i:i+batch_size] for i in range(0, len(order), batch_size)):
-            res[b] = self.weigh_batch([pids[i] for i in b], sids, cid)
+            res[b] = self.weigh_batch([pids[i] for i in b], sids, cid, memo)
             pbar.update(len(b))
     return res
 
-# %% ../nbs/01_llm.ipynb #48487bad
+# %% ../nbs/01_llm.ipynb #19611066
 def pad_right(
     ids:list, # Lists of token ids
     pad:int,  # The padding token
@@ -538,38 +538,75 @@ def pad_right(
     return torch.tensor([list(i)+[pad]*(n-len(i)) for i in ids], dtype=torch.long, device=device), torch.tensor([[1]*len(i)+[0]*(n-len(i)) for i in ids], dtype=torch.long, device=device)
 
 @patch
+@contextmanager
+def logits_at(self:LLM,
+    at=None, # Tensor (rows,): the one position of each row; None: every position
+):
+    "Within it, a forward pass computes its logits at one position of each row"
+    import torch
+    def pick(_, args): return (args[0][torch.arange(len(at), device=args[0].device), at][:, None], *args[1:])
+    hook = None if at is None else self.model.get_output_embeddings().register_forward_pre_hook(pick)
+    try: yield
+    finally:
+        if hook: hook.remove()
+
+# %% ../nbs/01_llm.ipynb #fead5640
+@patch
+def remember(self:LLM,
+    heads:list, # Token ids of the beginnings
+    room:int, # Tokens that will follow them
+    memo:dict, # Of earlier calls: common beginning (tuple of ids) to its cache
+    least:int=32, # Fewer common tokens are not worth it
+): # A transformers cache with a row for each beginning, or None
+    "The cache of what all `heads` begin with; none where it is short, or where padding in between would move a sliding window"
+    import copy
+    k = min(len(os.path.commonprefix([list(h) for h in heads])), min(map(len, heads))-1)
+    slide = getattr(self.model.config.get_text_config(), 'sliding_window', None)
+    if len(heads)<2 or k<least or (slide and max(map(len, heads))+room>=slide): return None
+    begin = tuple(heads[0][:k])
+    if begin not in memo: memo[begin] = self.model(**pad_left([begin], self.tok.pad_token_id, self.device), use_cache=True, logits_to_keep=1).past_key_values
+    past = copy.deepcopy(memo[begin])
+    past.batch_repeat_interleave(len(heads))
+    return past
+
+# %% ../nbs/01_llm.ipynb #5f2ad2d0
+@patch
 def read_on(self:LLM,
     heads:list, # Token ids of the beginnings
     which:list, # For each tail, the index of its beginning
     tails:list, # Token ids of what follows
-    **kw, # Of the model's second pass, such as `logits_to_keep`
-)->tuple: # Logits after each beginning (heads, 1, vocabulary), logits in each tail (tails, longest or as `logits_to_keep` says, vocabulary)
-    "Read every beginning once and, from its cache, all the tails that follow it"
+    last:bool=False, # Of each tail only the logits after its last token?
+    memo:dict=None, # Kept between calls, it saves reading the same common beginning again
+)->tuple: # Logits after each beginning (heads, 1, vocabulary), logits in each tail (tails, longest or 1, vocabulary)
+    "Read every beginning once and, from its cache, all the tails that follow it; what all beginnings have in common is read once in all"
     import torch
-    x = pad_left(heads, self.tok.pad_token_id, self.device)
-    out = self.model(**x, use_cache=True, logits_to_keep=1)
     y, mask = pad_right(tails, self.tok.pad_token_id, self.device)
+    past = self.remember(heads, y.shape[1], {} if memo is None else memo)
+    k = past.get_seq_length() if past else 0
+    x = pad_left([h[k:] for h in heads], self.tok.pad_token_id, self.device)
+    head = torch.cat([torch.ones(len(heads), k, dtype=torch.long, device=self.device), x['attention_mask']], 1)
+    out = self.model(input_ids=x['input_ids'], attention_mask=head, position_ids=(head.cumsum(1)-1).clamp(min=0)[:, k:], past_key_values=past, use_cache=True, logits_to_keep=1)
     if not y.shape[1]: return out.logits, out.logits[which][:, :0]
     out.past_key_values.batch_select_indices(torch.tensor(which, device=self.device))
-    head = x['attention_mask'][which]
+    head = head[which]
     pos = head.sum(1, keepdim=True)+torch.arange(y.shape[1], device=self.device)
-    return out.logits, self.model(input_ids=y, attention_mask=torch.cat([head, mask], 1), position_ids=pos, past_key_values=out.past_key_values, use_cache=True, **kw).logits
+    with self.logits_at(mask.sum(1)-1 if last else None):
+        return out.logits, self.model(input_ids=y, attention_mask=torch.cat([head, mask], 1), position_ids=pos, past_key_values=out.past_key_values, use_cache=True).logits
 
-# %% ../nbs/01_llm.ipynb #ea9a6e45
+# %% ../nbs/01_llm.ipynb #3daf54f6
 @patch
 def weigh_batch(self:LLM,
     pids:list, # Token ids of the prefixes
     sids:list, # Token ids of the suffixes
     cid:list,  # Token ids of the choices
+    memo:dict=None, # As in `read_on`
 ): # Array (prefixes, suffixes, choices)
     "One batch of `weigh`: every suffix after every prefix"
     import torch
-    k, ends = len(sids), sorted({len(s)-1 for s in sids})
     with torch.inference_mode():
-        _, out = self.read_on(pids, [i for i in range(len(pids)) for _ in sids], sids*len(pids), logits_to_keep=torch.tensor(ends, device=self.device))
-        last = torch.tensor([ends.index(len(s)-1) for s in sids], device=self.device).repeat(len(pids))
-        p = out[torch.arange(len(out)), last].float().softmax(-1)[:, cid]
-    return p.view(len(pids), k, len(cid)).cpu().numpy()
+        _, out = self.read_on(pids, [i for i in range(len(pids)) for _ in sids], sids*len(pids), True, memo)
+        p = out[:, 0].float().softmax(-1)[:, cid]
+    return p.view(len(pids), len(sids), len(cid)).cpu().numpy()
 
 # %% ../nbs/01_llm.ipynb #7585fe1d
 @patch
@@ -626,12 +663,13 @@ def batches(
         b.append(i)
     if b: yield b
 
-# %% ../nbs/01_llm.ipynb #d62cc744
+# %% ../nbs/01_llm.ipynb #75564d35
 def tiny(
     folder:Path, # Where to write it
     arch:str='gemma2', # `gemma2` (soft-capping, sliding window, template without a system role), `gemma3_text` or `llama`
     layers:int=2, # Number of layers
     seed:int=0, # Of the random weights
+    window:int=16, # Sliding window of the two Gemmas, tokens
 )->Path:
     "Write a model folder of a true architecture with random weights, to test plumbing only"
     import torch
@@ -639,8 +677,8 @@ def tiny(
     tok = tiny_tokenizer()
     torch.manual_seed(seed)
     cfg = AutoConfig.for_model(arch, vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id, tie_word_embeddings=True, **({'sliding_window': 16} if arch.startswith('gemma') else {}))
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id, tie_word_embeddings=True, **({'sliding_window': window} if arch.startswith('gemma') else {}))
     m = AutoModelForCausalLM.from_config(cfg)
     m.save_pretrained(folder); tok.save_pretrained(folder)
     return Path(folder)
