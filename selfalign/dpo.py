@@ -7,7 +7,7 @@ __all__ = ['train_defaults', 'ref_columns', 'deserved', 'user_turn', 'to_trl', '
            'last_checkpoint', 'step_bar', 'answers_only', 'run_trainer', 'train_dpo', 'plot_log', 'watch',
            'answer_rows', 'judge_lessons', 'as_tokens', 'one_row', 'together', 'train_sft', 'halve', 'model_card']
 
-# %% ../nbs/05_dpo.ipynb #f3419752
+# %% ../nbs/05_dpo.ipynb #7c721bde
 import hashlib, json, os, random, shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from .data import BadInput, hash01, nearest, read_json, write_json, write_jsonl, write_text
 from .llm import LLM, Sampling, bar, end_of_turn, merge_system
 from .candidates import prefix, repetition
-from .judge import criteria, damage, damages, good_replies, judge_rows, judge_texts, learned
+from .judge import damage, damages, good_replies, judge_rows, judge_texts, learned
 
 # %% ../nbs/05_dpo.ipynb #8fafb225
 def user_turn(

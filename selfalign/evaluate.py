@@ -7,12 +7,12 @@ __all__ = ['measures', 'sheet_html', 'gold_found', 'qa_scores', 'measure', 'lc_w
            'ratio_interval', 'length_said', 'table', 'table_md', 'warnings', 'on_left', 'sheet_rows', 'sheet_mark',
            'sheet', 'read_verdicts', 'people', 'plot_evaluation', 'evaluate', 'win_said', 'report']
 
-# %% ../nbs/07_evaluate.ipynb #e8a51606
+# %% ../nbs/07_evaluate.ipynb #fe9aa5fa
 import hashlib, itertools, json, re
 from collections import Counter
 from pathlib import Path
 
-from .data import BadInput, cyrillic_share, hash01, nearest, read_json, write_json, write_text
+from .data import BadInput, cyrillic_share, hash01, read_json, write_json, write_text
 from .llm import LLM
 from .candidates import prefix, repetition, words
 from .judge import bootstrap, grade
@@ -169,7 +169,7 @@ def table_md(
     t = table(ev)
     return '\n'.join(['| measure | '+' | '.join(t.columns)+' |', '|'+'---|'*(len(t.columns)+1), *(f'| {k} | '+' | '.join(map(str, r))+' |' for k,r in zip(t.index, t.values))])
 
-# %% ../nbs/07_evaluate.ipynb #b22270ab
+# %% ../nbs/07_evaluate.ipynb #c23c0189
 def warnings(
     ev:dict, # Of `compare`
     policy:list, # Answers of the policy
@@ -181,6 +181,7 @@ def warnings(
     if falls('finished'): out.append('fewer answers end by themselves')
     if falls('russian'): out.append('answers leave Russian')
     if falls('gold'): out.append('fewer answers hold the gold answer')
+    if ev['lc_win_rate_ci'] and ev['lc_win_rate_ci'][1]<.5: out.append('at equal length its answers are graded lower than the reference\'s')
     curt = sum(len(words(r['completion']))<=3 for r in policy)/max(1, len(policy))
     if curt>.5: out.append(f'{curt:.0%} of the answers are three words or fewer')
     return out

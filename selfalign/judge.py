@@ -739,7 +739,7 @@ def plot_audit(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/03_judge.ipynb #f5a64a2d
+# %% ../nbs/03_judge.ipynb #06f6976f
 criteria_reworded = {
     'Краткость':    'Нет ли в ответе лишнего? 5 — ничего лишнего, только нужное; 1 — сплошь ненужные подробности.',
     'Полезность':   'Помог ли ответ тому, кто спрашивал? 5 — вопрос решён полностью; 1 — ответ не о том.',
@@ -786,7 +786,7 @@ def biases(
     ok = ~np.isnan(e+reworded)
     q = np.clip(p/p.sum(-1, keepdims=True), 1e-12, 1)
     res['words'].update(reworded=dict(mean_change=float(np.abs(e-reworded)[ok].mean()), correlation=float(np.corrcoef(e[ok], reworded[ok])[0, 1])) if ok.sum()>2 else None,
-                        batch=float(np.nanmax(np.abs(e-alone))), entropy=dict(zip(criteria, (-(q*np.log(q)).sum(-1).mean(0)).round(4).tolist())))
+                        batch=float(np.nanmax(np.abs(e-alone))) if not np.isnan(e-alone).all() else None, entropy=dict(zip(criteria, (-(q*np.log(q)).sum(-1).mean(0)).round(4).tolist())))
     return res
 
 # %% ../nbs/03_judge.ipynb #a046bc9c

@@ -79,12 +79,12 @@ keys = { # key: (default, lowest, highest, what it is)
     'save_steps':    (10, 1, None, 'steps between two checkpoints'),
 }
 
-# %% ../nbs/08_run.ipynb #4f5c0829
+# %% ../nbs/08_run.ipynb #514b2dad
 recipes = {
     'quickstart': dict(model='embedded', data='embedded', n_prompts=48, n_test=32, samples=4, max_new_tokens=64, max_length=256, temperature=.7, top_p=.9, repetition_penalty=1.1,
                        answer_repetition_penalty=1.1, longest=.8, fuller=1, learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=5, batch_size=64),
     'brief': dict(model='embedded', data='embedded', n_prompts=120, n_test=128, samples=4, max_new_tokens=64, max_length=256, temperature=.7, top_p=.9, repetition_penalty=1.1, answer_repetition_penalty=1.1,
-                  learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, batch_size=64, second_judge='embedded-base'),
+                  longest=.8, fuller=1, learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, batch_size=64, second_judge='embedded-base'),
     'gemma-2-2b-it': dict(model='google/gemma-2-2b-it', data='OpenAssistant/oasst1', samples=6, longest=1., fuller=1, max_new_tokens=512, learning_rate=2e-5, epochs=2., train_batch=32, micro_batch=2,
                           batch_size=64, lora_r=32, max_length=1536, judge='mix'),
 }
@@ -420,7 +420,7 @@ def grid_points(
         points += [dict(zip(named, vs)) for vs in itertools.product(*named.values())] if named else []
     return points
 
-# %% ../nbs/08_run.ipynb #33a51901
+# %% ../nbs/08_run.ipynb #b6cddbe0
 def borrow(
     base:Run, # A run with finished steps
     one:Run, # Another that differs in some keys
@@ -452,11 +452,12 @@ def mark_dominated(
 def plot_frontier(
     rows:list, # Of `frontier_row`
 ): # The figure
-    "Length against two kinds of quality, with 95% intervals; grey: dominated; a ring: warned of"
+    "Length against two kinds of quality, with 95% intervals; the number is the row's; grey: dominated; a ring: warned of"
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, 2, figsize=(11, 4))
     for ax,(k,title) in zip(axs, (('nats', 'information, nats an answer, against before'), ('lc_win_rate', 'win rate at equal length'))):
-        for r in (r for r in rows if r.get(k) is not None):
+        for i,r in ((i, r) for i,r in enumerate(rows) if r.get(k) is not None):
+            ax.annotate(str(i), (r['shorter'], r[k]), xytext=(5, 5), textcoords='offset points')
             lo, hi = r[k+'_ci']
             ax.errorbar(r['shorter'], r[k], xerr=[[r['shorter']-r['shorter_ci'][0]], [r['shorter_ci'][1]-r['shorter']]], yerr=[[r[k]-lo], [hi-r[k]]], fmt='o', c='0.75' if r['dominated'] else 'C0', lw=1, mec='C3' if r['warnings'] else 'none', mew=2)
         ax.axhline(.5 if k=='lc_win_rate' else 0, ls=':', c='gray'); ax.axvline(0, ls=':', c='gray'); ax.set(xlabel='shorter by, share of the length before', ylabel=title)
@@ -564,7 +565,7 @@ def cmd_dpo(
     run.resume = resume
     run.step('dpo', force=True)
 
-# %% ../nbs/08_run.ipynb #c723e184
+# %% ../nbs/08_run.ipynb #cfd43102
 def cmd_sft(
     name:str='warm', # Name of the adapter: models/<name>/
     root:str='.', # Folder with models/
@@ -658,6 +659,7 @@ def cmd_frontier(
             one = Run(read_recipe(recipe, limit=limit, tune=tune, **{**point, 'name': name}), root)
             borrow(base, one)
             run_all(one)
+            for f in one.data.glob('ref_logps_*.json'): shutil.copy(f, base.data/f.name)  # the next setting may train on the same pairs
             rows.append(frontier_row(point, name, read_json(one.data/'evaluation.json')))
         except BadInput as e: rows.append({**point, 'name': name, 'failed': str(e)})
         mark_dominated(rows)
