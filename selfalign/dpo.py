@@ -7,13 +7,13 @@ __all__ = ['train_defaults', 'ref_columns', 'deserved', 'user_turn', 'to_trl', '
            'last_checkpoint', 'step_bar', 'answers_only', 'run_trainer', 'train_dpo', 'plot_log', 'watch',
            'answer_rows', 'judge_lessons', 'as_tokens', 'one_row', 'together', 'train_sft', 'halve', 'model_card']
 
-# %% ../nbs/05_dpo.ipynb #7c721bde
+# %% ../nbs/05_dpo.ipynb #3d4444e9
 import hashlib, json, os, random, shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .data import BadInput, hash01, nearest, read_json, write_json, write_jsonl, write_text
-from .llm import LLM, Sampling, bar, end_of_turn, merge_system
+from .llm import LLM, Sampling, bar, end_of_turn, merge_system, pad_right
 from .candidates import prefix, repetition
 from .judge import damage, damages, good_replies, judge_rows, judge_texts, learned
 
@@ -274,7 +274,7 @@ def judge_lessons(
         rows.append(dict(prompt=head, endings=tails, completion=[str(g) for g in grades]))
     return rows
 
-# %% ../nbs/05_dpo.ipynb #a8badba5
+# %% ../nbs/05_dpo.ipynb #1ff1fb33
 def as_tokens(
     llm:LLM, # For its chat template and tokenizer
     row:dict, # An answering or a judging row
@@ -314,7 +314,7 @@ def together(
         n = max(len(r['input_ids']) for r in rows)
         x = {k: torch.tensor([list(r.get(k, [1]*len(r['input_ids'])))+[v]*(n-len(r['input_ids'])) for r in rows]) for k,v in fill.items()}
         seg, text = x.pop('segment'), x.pop('text')
-        if not any(lessons): return {**x, 'attention_mask': torch.tensor([[1]*len(r['input_ids'])+[0]*(n-len(r['input_ids'])) for r in rows])}
+        if not any(lessons): return {**x, 'attention_mask': pad_right([r['input_ids'] for r in rows], pad, 'cpu')[1]}
         def sees(a): return (a[:, None]==0) | (a[:, None]==a[:, :, None])
         seen = torch.tril(torch.ones(n, n, dtype=torch.bool)) & sees(seg) & sees(text)
         return {**x, 'attention_mask': torch.where(seen, 0., -1e9).to(dtype)[:, None]}
