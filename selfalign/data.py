@@ -265,22 +265,35 @@ def _from_table(df, name):
                       message_id=_ids([f'{a} {b}' for a,b in zip(ids, df[rcol])], [None]*len(df)))
     return pd.concat([df, reply[[t.strip()!='' for t in reply.text]]], ignore_index=True)
 
-# %% ../nbs/00_data.ipynb #557fd3b7
+# %% ../nbs/00_data.ipynb #6ae060c6
+def _answers(v):
+    "The accepted answers of a SQuAD row: `{'text': [...]}`, a list of `{'text': ...}` or of texts"
+    v = _nested(v)
+    texts = v['text'] if isinstance(v, dict) else [a['text'] if isinstance(a, dict) else a for a in v or []]
+    return list(dict.fromkeys(str(t).strip() for t in texts if not _none(t))) or None
+
+def _from_questions(df, name):
+    "Questions on a passage as prompts with gold answers"
+    text = [f'{c.strip()}\n\n{q.strip()}' for c,q in zip(_column(df, 'context', _text, name), _column(df, 'question', _text, name))]
+    return df.assign(text=text, gold=_column(df, 'answers', _answers, name), message_id=_ids(text, _column(df, 'id', _str, name)), role='prompter')
+
+# %% ../nbs/00_data.ipynb #678824eb
 def as_messages(
-    df, # A pandas table in any of the three shapes
+    df, # A pandas table in any of the four shapes
     name:str='data', # How errors call it
 ): # A pandas table, one message a row
-    "Messages, exported trees or a table of prompts as one message a row"
+    "Messages, exported trees, questions on passages or a table of prompts as one message a row"
     df = df.rename(columns=lambda c: str(c).strip().lower())
     df = df.loc[:, ~df.columns.duplicated()]
     if not len(df): raise BadInput(f'{name}: empty, it has no rows')
     if 'prompt' in df and any(isinstance(p, dict) for p in df['prompt'][:1]): df = _from_trees(df, name)
+    elif {'question', 'context', 'answers'} <= set(df.columns): df = _from_questions(df, name)
     elif not {'text', 'role'} <= set(df.columns): df = _from_table(df, name)
     out = _messages(df, name)
     out.attrs['source'] = name
     return out
 
-# %% ../nbs/00_data.ipynb #431bce36
+# %% ../nbs/00_data.ipynb #908e05ab
 def _read_csv(path):
     "A CSV file as a table of strings; its separator is the commonest of `,`, `;` and tab in the header"
     import pandas as pd
@@ -308,16 +321,26 @@ def _read_rows(path):
     import pandas as pd
     return pd.DataFrame(read_jsonl(path), dtype=object)
 
-_readers = {'.parquet': _read_parquet, '.jsonl': _read_rows, '.jsonl.gz': _read_rows, '.csv': _read_csv}
+def _read_json(path):
+    "A list of rows, or SQuAD's own nesting: articles, paragraphs, questions"
+    import pandas as pd
+    o = read_json(path)
+    if isinstance(o, dict) and isinstance(o.get('data'), list):
+        try: o = [dict(id=q.get('id'), context=p['context'], question=q['question'], answers=q.get('answers')) for d in o['data'] for p in d['paragraphs'] for q in p['qas']]
+        except (KeyError, TypeError, AttributeError) as e: raise BadInput(f'{path.name}: not as SQuAD nests it (data, paragraphs, context and qas, question): {type(e).__name__} {_why(e)}') from None
+    if not isinstance(o, list) or not all(isinstance(r, dict) for r in o): raise BadInput(f'{path.name}: it must be a list of rows, or SQuAD\'s data, paragraphs, qas')
+    return pd.DataFrame(o, dtype=object)
 
-# %% ../nbs/00_data.ipynb #e658ea52
+_readers = {'.parquet': _read_parquet, '.jsonl': _read_rows, '.jsonl.gz': _read_rows, '.csv': _read_csv, '.json': _read_json}
+
+# %% ../nbs/00_data.ipynb #e4260780
 def _not_utf8(path):
     "The error for the first line of `path` that is not UTF-8"
     for i,l in enumerate(path.read_bytes().split(b'\n'), 1):
         if l!=l.decode('utf-8', 'ignore').encode(): return BadInput(f'{path.name}, line {i}: not UTF-8; save the file as UTF-8')
 
 def read_table(
-    path, # A `.parquet`, `.jsonl`, `.jsonl.gz` or `.csv` file
+    path, # A `.parquet`, `.jsonl`, `.jsonl.gz`, `.csv` or `.json` file
 ): # A pandas table, as it lies in the file
     "A file of any kind that is understood here"
     path = _file(path)

@@ -153,7 +153,7 @@ def run_trainer(
     shutil.rmtree(out/'checkpoints'); note.unlink()
     return log
 
-# %% ../nbs/05_dpo.ipynb #7e6c0e93
+# %% ../nbs/05_dpo.ipynb #189a1d95
 ref_columns = ['ref_chosen_logps', 'ref_rejected_logps']
 
 def train_dpo(
@@ -184,7 +184,7 @@ def train_dpo(
     if ref:
         for k in ref_columns: trainer.train_dataset = trainer.train_dataset.add_column(k, ref[k])
         trainer.precompute_ref_logps = True
-    return run_trainer(trainer, out, llm, data, dict(method='dpo', pairs=len(pairs), system=system, settings=s), resume, progress)
+    return run_trainer(trainer, out, llm, data, dict(method='dpo', pairs=len(pairs), system=system, bits=4 if getattr(llm.model, 'is_loaded_in_4bit', False) else 0, settings=s), resume, progress)
 
 # %% ../nbs/05_dpo.ipynb #18f3c059
 def plot_log(

@@ -6,12 +6,12 @@
 __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'aligned', 'cache_dir', 'join_parts', 'check_gguf',
            'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'ensure_template', 'merge_system', 'render',
            'strip_marks', 'Sampling', 'next_probs', 'penalise', 'Completion', 'row_noise', 'LLM', 'stop_ids',
-           'pad_left', 'choose', 'bar', 'pick_device', 'resolve', 'explain', 'keep_heap', 'load', 'model_type',
-           'check_adapter', 'merge_adapter', 'choice_ids', 'pad_right', 'end_of_turn', 'batches', 'tiny',
+           'pad_left', 'choose', 'bar', 'pick_device', 'resolve', 'explain', 'keep_heap', 'load', 'quantised',
+           'model_type', 'check_adapter', 'merge_adapter', 'choice_ids', 'pad_right', 'end_of_turn', 'batches', 'tiny',
            'tiny_tokenizer']
 
-# %% ../nbs/01_llm.ipynb #f611d2e1
-import hashlib, json, os, shutil
+# %% ../nbs/01_llm.ipynb #a15bbb3e
+import hashlib, json, logging, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -438,12 +438,13 @@ def keep_heap():
     try: libc = ctypes.CDLL('libc.so.6'); libc.mallopt(-4, 0); libc.mallopt(-1, 2**31-1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError): pass  # another C library
 
-# %% ../nbs/01_llm.ipynb #80c9696c
+# %% ../nbs/01_llm.ipynb #03f9b84f
 def load(
     model:str='embedded', # `embedded`, `embedded-base`, a hub id, a folder, a `.gguf` file, or an adapter's folder
     adapter:str=None, # Folder of a LoRA adapter to put on top; merged into the weights
     device:str=None,  # None: GPU if there is one
     dtype:str=None,   # None: bfloat16 on a GPU, float32 elsewhere
+    bits:int=0, # 4: weights of the linear layers rounded to four bits (bitsandbytes), to be trained with LoRA on top; 0: as they are
 )->LLM:
     "Load a model by name, with its adapters merged; `BadInput` says what is wrong and what to do"
     import torch
@@ -452,13 +453,31 @@ def load(
     if adapter: adapters = [*adapters, check_adapter(adapter)]
     dev, dt = pick_device(device, dtype)
     if dev=='cpu': keep_heap()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # peft imports it where it is installed, and it tells which kernels it lacks
     eager = {'attn_implementation': 'eager'} if 'gemma2' in model_type(where, model) else {}
+    def read(where, **kw): return AutoModelForCausalLM.from_pretrained(where, dtype=dt, **eager, **kw)
+    fewer = dict(quantization_config=quantised(bits, dt), device_map={'': dev}) if bits else None
     try:
         tok = AutoTokenizer.from_pretrained(where)
-        m = AutoModelForCausalLM.from_pretrained(where, dtype=dt, **eager).to(dev)
+        m = read(where, **fewer) if bits and not adapters else read(where).to(dev)
     except Exception as e: raise BadInput(explain(model, e)) from e
     for a in adapters: m = merge_adapter(m, a)
+    if bits and adapters:  # whole weights take an adapter exactly, rounded ones do not
+        with tempfile.TemporaryDirectory() as d: m.save_pretrained(d); m = read(d, **fewer)
+    for x in m.modules():
+        if hasattr(x, 'support_avx512bf16_for_cpu'): x.support_avx512bf16_for_cpu = False  # bitsandbytes' packed form of some CPUs has no backward pass
     return LLM(m, tok, str(model)+(f'+{adapter}' if adapter else ''))
+
+def quantised(
+    bits:int, # 4
+    dtype, # torch dtype to compute in
+):
+    "How bitsandbytes is to round a model: NF4 with double quantisation (QLoRA, Dettmers et al. 2023)"
+    from transformers import BitsAndBytesConfig
+    if bits!=4: raise BadInput(f'bits {bits!r}: must be 4, or 0 for whole weights')
+    try: import bitsandbytes
+    except ImportError: raise BadInput(f'bits {bits}: needs bitsandbytes; pip install "selfalign[qlora]"') from None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 def model_type(
     where, # Folder or hub id
@@ -571,15 +590,15 @@ def remember(self:LLM,
     past.batch_repeat_interleave(len(heads))
     return past
 
-# %% ../nbs/01_llm.ipynb #5f2ad2d0
+# %% ../nbs/01_llm.ipynb #7e45f8a5
 @patch
 def read_on(self:LLM,
     heads:list, # Token ids of the beginnings
     which:list, # For each tail, the index of its beginning
     tails:list, # Token ids of what follows
-    last:bool=False, # Of each tail only the logits after its last token?
+    last:bool=False, # Only the logits after each tail's last token, and none after the beginnings?
     memo:dict=None, # Kept between calls, it saves reading the same common beginning again
-)->tuple: # Logits after each beginning (heads, 1, vocabulary), logits in each tail (tails, longest or 1, vocabulary)
+)->tuple: # Logits after each beginning (heads, 1 or 0, vocabulary), logits in each tail (tails, longest or 1, vocabulary)
     "Read every beginning once and, from its cache, all the tails that follow it; what all beginnings have in common is read once in all"
     import torch
     y, mask = pad_right(tails, self.tok.pad_token_id, self.device)
@@ -587,7 +606,8 @@ def read_on(self:LLM,
     k = past.get_seq_length() if past else 0
     x = pad_left([h[k:] for h in heads], self.tok.pad_token_id, self.device)
     head = torch.cat([torch.ones(len(heads), k, dtype=torch.long, device=self.device), x['attention_mask']], 1)
-    out = self.model(input_ids=x['input_ids'], attention_mask=head, position_ids=(head.cumsum(1)-1).clamp(min=0)[:, k:], past_key_values=past, use_cache=True, logits_to_keep=1)
+    keep = torch.empty(0, dtype=torch.long, device=self.device) if last else 1
+    out = self.model(input_ids=x['input_ids'], attention_mask=head, position_ids=(head.cumsum(1)-1).clamp(min=0)[:, k:], past_key_values=past, use_cache=True, logits_to_keep=keep)
     if not y.shape[1]: return out.logits, out.logits[which][:, :0]
     out.past_key_values.batch_select_indices(torch.tensor(which, device=self.device))
     head = head[which]
@@ -665,21 +685,22 @@ def batches(
         b.append(i)
     if b: yield b
 
-# %% ../nbs/01_llm.ipynb #75564d35
+# %% ../nbs/01_llm.ipynb #a37f8573
 def tiny(
     folder:Path, # Where to write it
     arch:str='gemma2', # `gemma2` (soft-capping, sliding window, template without a system role), `gemma3_text` or `llama`
     layers:int=2, # Number of layers
     seed:int=0, # Of the random weights
     window:int=16, # Sliding window of the two Gemmas, tokens
+    width:int=32, # Size of the hidden state
 )->Path:
     "Write a model folder of a true architecture with random weights, to test plumbing only"
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     tok = tiny_tokenizer()
     torch.manual_seed(seed)
-    cfg = AutoConfig.for_model(arch, vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
+    cfg = AutoConfig.for_model(arch, vocab_size=len(tok), hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=width//4, max_position_embeddings=2048, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, tie_word_embeddings=True, **({'sliding_window': window} if arch.startswith('gemma') else {}))
     m = AutoModelForCausalLM.from_config(cfg)
     m.save_pretrained(folder); tok.save_pretrained(folder)

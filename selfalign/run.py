@@ -7,13 +7,15 @@ __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'shared', 'which', 'exampl
            'read_weights', 'read_gap', 'read_yaml', 'model_key', 'Run', 'peak_gb', 'say', 'versions', 'train_rows',
            'test_rows', 'do_data', 'do_candidates', 'do_judge', 'do_pairs', 'card_title', 'card_results', 'do_dpo',
            'answering', 'ask', 'do_reference', 'do_answer', 'do_evaluate', 'grid_points', 'borrow', 'frontier_row',
-           'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said', 'summary', 'run_all', 'cmd_run',
-           'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'to_json', 'cmd_frontier',
-           'example_answers', 'cmd_compare', 'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'fail', 'main']
+           'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said', 'summary', 'run_all', 'overs', 'cmd_run',
+           'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'cmd_curve', 'plot_curve', 'to_json',
+           'cmd_frontier', 'example_answers', 'cmd_compare', 'cmd_qa', 'cmd_ask', 'cmd_chat', 'base_of', 'usage',
+           'quiet', 'fail', 'main']
 
-# %% ../nbs/08_run.ipynb #2a8f917c
+# %% ../nbs/08_run.ipynb #e56fd3b6
 import hashlib, json, math, os, random, re, shutil, sys, time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
@@ -24,10 +26,10 @@ from .judge import anchors, audit, audit_table, criteria, find_audit, good_repli
 from .pairs import make_pairs, strategies
 from .dpo import answer_rows, halve, judge_lessons, model_card, train_dpo, train_sft, watch
 from .inference import answers, stream, talk
-from .evaluate import compare, evaluate, length_said, people, read_verdicts, sheet_rows, sides, table, table_md, verdict_of, win_said
+from .evaluate import bert_f1, compare, evaluate, length_said, people, read_verdicts, sheet_rows, sides, table, table_md, verdict_of, win_said
 from .evaluate import sheet as write_sheet
 
-# %% ../nbs/08_run.ipynb #07704823
+# %% ../nbs/08_run.ipynb #57a779ac
 keys = { # key: (default, lowest, highest, what it is)
     'name':          ('', None, None, 'name of the run: data/<name>/ and models/<name>/'),
     'model':         ('embedded', None, None, 'the model to align: embedded, a hub id, a folder, a .gguf file'),
@@ -75,6 +77,7 @@ keys = { # key: (default, lowest, highest, what it is)
     'train_batch':   (8, 1, None, 'pairs of one optimiser step'),
     'micro_batch':   (4, 1, None, 'pairs computed at once'),
     'lora_r':        (16, 1, 512, 'rank of the adapter'),
+    'bits':          (0, [0, 4], None, 'of the frozen weights in training: 4 is QLoRA and needs bitsandbytes; 0: as they are'),
     'max_length':    (1024, 16, None, 'tokens of prompt and answer in training'),
     'save_steps':    (10, 1, None, 'steps between two checkpoints'),
 }
@@ -89,7 +92,7 @@ recipes = {
                           batch_size=64, lora_r=32, max_length=1536, judge='mix'),
 }
 
-# %% ../nbs/08_run.ipynb #ec521f3a
+# %% ../nbs/08_run.ipynb #6f42fb04
 def checked(
     key:str, # Of `keys`
     v, # The value given
@@ -107,6 +110,9 @@ def checked(
     try: x = type(default)(v) if float(v)==type(default)(float(v)) else None
     except (TypeError, ValueError, OverflowError): x = None
     if x is None: raise bad('a whole number' if isinstance(default, int) else 'a number')
+    if isinstance(lo, list):
+        if x not in lo: raise bad(' or '.join(map(str, lo)))
+        return x
     if (lo is not None and x<lo) or (hi is not None and x>hi): raise bad(f'at least {lo}' if hi is None else f'between {lo} and {hi}')
     return x
 
@@ -168,13 +174,13 @@ def read_yaml(
     if not isinstance(o, dict): raise BadInput(f'{p}: a recipe is a mapping of keys to values, such as "samples: 4"')
     return o
 
-# %% ../nbs/08_run.ipynb #59b94c7f
+# %% ../nbs/08_run.ipynb #d572924e
 steps = { # step: (file it writes, files it reads, recipe keys it uses, does it use the model?)
     'data':       ('instructions.jsonl', (), 'data lang limit max_chars seed', False),
     'candidates': ('candidates.jsonl', ('instructions.jsonl',), 'model system seed samples temperature top_k top_p repetition_penalty max_new_tokens', True),
     'judge':      ('scores.jsonl', ('candidates.jsonl',), 'model system judge judge_model weights calibrate', True),
     'pairs':      ('pairs.jsonl', ('scores.jsonl',), 'margin strategy per_prompt gap longest fuller', False),
-    'dpo':        ('adapter_model.safetensors', ('pairs.jsonl',), 'model system seed learning_rate beta loss_type ld_alpha sft_weight label_smoothing epochs train_batch micro_batch lora_r max_length', True),
+    'dpo':        ('adapter_model.safetensors', ('pairs.jsonl',), 'model system seed learning_rate beta loss_type ld_alpha sft_weight label_smoothing epochs train_batch micro_batch lora_r bits max_length', True),
     'reference':  ('answers_reference.jsonl', ('instructions.jsonl',), 'model system seed top_k max_new_tokens answer_temperature answer_repetition_penalty', True),
     'answer':     ('answers.jsonl', ('answers_reference.jsonl', 'adapter_model.safetensors'), 'model system seed top_k max_new_tokens answer_temperature answer_repetition_penalty', True),
     'evaluate':   ('evaluation.json', ('answers.jsonl',), 'model system judge judge_model second_judge weights calibrate', True),
@@ -191,7 +197,7 @@ def model_key(
     files = [f'{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}' for f in files]
     return '|'.join([str(where), *files, *(fingerprint(Path(a)/'adapter_model.safetensors') for a in adapters)])
 
-# %% ../nbs/08_run.ipynb #2c8ac144
+# %% ../nbs/08_run.ipynb #04468999
 class Run:
     "One run: its recipe, its folders, and its record `run.json`"
     def __init__(self,
@@ -230,9 +236,10 @@ class Run:
     def load(self,
         adapter=None, # Folder of an adapter to put on top
         model:str='', # Another model than the one to align
+        bits:int=0, # As in `load`
     ):
         "A model on the recipe's device: the one to align, with or without what was trained, or another"
-        return load(model or self.r['model'], adapter, self.r['device'] or None, self.r['dtype'] or None)
+        return load(model or self.r['model'], adapter, self.r['device'] or None, self.r['dtype'] or None, bits)
 
     def judging(self)->dict:
         "What the recipe and the model's audit say about grading: `mix`, `weights`, `calibrate`"
@@ -353,7 +360,7 @@ def do_pairs(run):
     r = run.r
     return make_pairs(read_jsonl(run.data/'scores.jsonl'), run.data, margin=r['margin'], strategy=r['strategy'], per_prompt=r['per_prompt'], gap=read_gap(r['gap'], r['name']), longest=r['longest'], fuller=bool(r['fuller']))
 
-# %% ../nbs/08_run.ipynb #ba8a3674
+# %% ../nbs/08_run.ipynb #8e74f55d
 def card_title(r): return f'{r["name"]}: {r["model"]} aligned with its own grades'
 
 def card_results(
@@ -371,8 +378,9 @@ def do_dpo(run):
     r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl')
     same = 'learning_rate beta loss_type ld_alpha sft_weight label_smoothing report_to epochs micro_batch lora_r max_length save_steps seed'.split()
     aside = {p['prompt_id']: p for p in pairs if p['split']=='test'}
-    eyes = [watch(run.model(), list(aside.values())[:8], run.data/'watch.jsonl', r['watch'], system=r['system'])] if r['watch'] and aside else None
-    log = train_dpo([p for p in pairs if p['split']=='train'], run.model(), run.models, r['system'], run.resume, 'dpo', eyes, run.data, batch_size=r['train_batch'], lora_alpha=2*r['lora_r'], **{k: r[k] for k in same})
+    llm = run.load(bits=r['bits']) if r['bits'] else run.model()
+    eyes = [watch(llm, list(aside.values())[:8], run.data/'watch.jsonl', r['watch'], system=r['system'])] if r['watch'] and aside else None
+    log = train_dpo([p for p in pairs if p['split']=='train'], llm, run.models, r['system'], run.resume, 'dpo', eyes, run.data, batch_size=r['train_batch'], lora_alpha=2*r['lora_r'], **{k: r[k] for k in same})
     run.llm = None  # the adapter wraps it now
     model_card(run.models, card_title(r))
     return {'in': sum(p['split']=='train' for p in pairs), 'out': len(log), 'loss': [round(log[0]['loss'], 4), round(log[-1]['loss'], 4)]}
@@ -423,7 +431,7 @@ def grid_points(
         points += [dict(zip(named, vs)) for vs in itertools.product(*named.values())] if named else []
     return points
 
-# %% ../nbs/08_run.ipynb #ab7206b3
+# %% ../nbs/08_run.ipynb #e20f7e88
 shared = ['data', 'candidates', 'judge', 'reference']  # steps that settings of pairs and training leave alone
 
 def borrow(
@@ -528,7 +536,16 @@ def run_all(
     run.save()
     return run
 
-# %% ../nbs/08_run.ipynb #1d890429
+# %% ../nbs/08_run.ipynb #6bd82bd5
+def overs(
+    txt:str, # Such as `rounds=2 n_test=128`, or None
+    where:str, # Recipe's name, for the error
+)->dict:
+    "Keys of a recipe given in one line"
+    points = grid_points(txt or '', where) or [{}]
+    if len(points)>1: raise BadInput(f'{where}: --set {txt!r}: one value for each key; `selfalign frontier --grid` takes several')
+    return points[0]
+
 def cmd_run(
     recipe:str, # quickstart, brief, gemma-2-2b-it, or a YAML file
     root:str='.', # Folder in which data/ and models/ are made
@@ -536,10 +553,11 @@ def cmd_run(
     model:str=None, # Model to align: embedded, a hub id, a folder, a .gguf file
     limit:int=None, # Use at most so many instructions
     seed:int=None, # Of sampling and training
+    set:str=None, # Other keys of the recipe, such as "rounds=2 n_test=128"
     fresh:store_true=False, # Begin anew instead of going on where it stopped
 ):
     "The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate"
-    over = dict(data=data, model=model, limit=limit, seed=seed)
+    over = {**dict(data=data, model=model, limit=limit, seed=seed), **overs(set, recipe)}
     run = run_all(Run(read_recipe(recipe, **over), root), fresh)
     print(summary(run))
     if run.r['rounds']>1: print(drift_said(more_rounds(run, lambda **kw: Run(read_recipe(recipe, **{**over, **kw}), root), fresh)))
@@ -557,7 +575,8 @@ def step_command(
         model:str=None, # Model to align, as for run
         limit:int=None, # Use at most so many instructions
         seed:int=None, # Of sampling and training
-    ): Run(read_recipe(recipe, data=data, model=model, limit=limit, seed=seed), root).step(step, force=True)
+        set:str=None, # Other keys of the recipe, as for run
+    ): Run(read_recipe(recipe, **{**dict(data=data, model=model, limit=limit, seed=seed), **overs(set, recipe)}), root).step(step, force=True)
     cmd.__doc__ = f'Only the step {step}: writes {steps[step][0]}'
     return cmd
 def cmd_dpo(
@@ -565,14 +584,15 @@ def cmd_dpo(
     root:str='.', # Folder with data/ and models/
     model:str=None, # Model to align, as for run
     seed:int=None, # Of the training
+    set:str=None, # Other keys of the recipe, as for run
     resume:store_true=False, # Go on from the last checkpoint of an interrupted training with the same settings
 ):
     "Only the step dpo: writes models/<name>/"
-    run = Run(read_recipe(recipe, model=model, seed=seed), root)
+    run = Run(read_recipe(recipe, **{**dict(model=model, seed=seed), **overs(set, recipe)}), root)
     run.resume = resume
     run.step('dpo', force=True)
 
-# %% ../nbs/08_run.ipynb #c84baa2d
+# %% ../nbs/08_run.ipynb #39790728
 def cmd_sft(
     name:str='warm', # Name of the adapter: models/<name>/
     root:str='.', # Folder with models/
@@ -642,6 +662,44 @@ def audit_data(
     pick = lambda xs: rng.sample(xs, min(limit, len(xs)))
     return pick(list(good.values())), pick(reply_pairs(replies)), bool('synthetic' in m and m.synthetic.fillna(False).astype(bool).any())
 
+def cmd_curve(
+    sizes:str='0 90 270', # Numbers of lessons to try beside the warm start's own; 0: no warm start
+    name:str='gemma3-270m-warm', # A finished warm start: models/<name>/
+    root:str='.', # Folder with models/
+    data:str='embedded', # Instructions with replies, as for run
+    model:str='embedded-base', # Its base model
+    mode:Param('Whose voice', str, choices=modes[:2])='words',
+    limit:int=40, # How many held-out answers to damage, at most
+):
+    "Does the judge learn from its lessons? Warm starts with fewer of them, audited alike"
+    whole = Path(root)/'models'/name
+    if not (whole/'run.json').exists(): raise BadInput(f'{whole}: no finished warm start; make one first: selfalign sft --name {name}')
+    rec, rows = read_json(whole/'run.json'), []
+    try: sizes = {int(n) for n in sizes.split()}
+    except ValueError: raise BadInput(f'curve: sizes is {sizes!r}; it must be whole numbers, such as "0 90 270"') from None
+    if min(sizes, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
+    good, *_ = audit_data(data, limit, 0)
+    for n in sorted({*sizes, rec['lessons']}):
+        out = whole if n==rec['lessons'] else whole.with_name(f'{name}.{n}')
+        if n and not (out/'run.json').exists(): cmd_sft(out.name, root, data, model, n)
+        told = audit(load(model, str(out) if n else None), good, mode, tuple(rec['damages']), progress=f'{n} lessons')
+        rows.append(dict(lessons=n, mode=mode, ungraded=told['ungraded'], **{g: {k: told[g][k] for k in ('mean', 'ci', 'n')} for g in ('trained', 'unseen', 'facts')}))
+        write_json(whole/'curve.json', rows)
+        say(to_json(rows[-1]))
+
+def plot_curve(
+    rows:list, # Of `curve.json`
+): # The Axes
+    "P(original graded above its damaged copy) against the number of lessons, with 95% intervals"
+    import matplotlib.pyplot as plt
+    ax = plt.subplots(figsize=(7, 3.6))[1]
+    for k,(g,c) in enumerate((('trained', 'C0'), ('unseen', 'C2'), ('facts', 'C3'))):
+        at = [(i+.06*(k-1), r[g]) for i,r in enumerate(rows) if r[g]['mean'] is not None]
+        ax.errorbar([x for x,_ in at], [b['mean'] for _,b in at], yerr=[[b['mean']-b['ci'][0] for _,b in at], [b['ci'][1]-b['mean'] for _,b in at]], fmt='o-', c=c, capsize=3, label={'trained': 'damages it was taught', 'unseen': 'other damages', 'facts': 'changed facts'}[g])
+    ax.set_xticks(range(len(rows)), [r['lessons'] for r in rows]); ax.axhline(.5, ls=':', c='gray')
+    ax.set(xlabel='lessons', ylabel='P(original graded higher)', ylim=(0, 1.03), title=f'What the lessons teach ({rows[0]["mode"]}; dotted: a coin)'); ax.legend()
+    return ax
+
 def to_json(o)->str:
     "One JSON object, Cyrillic readable"
     return json.dumps(o, ensure_ascii=False)
@@ -709,6 +767,31 @@ def cmd_compare(
         print(to_json(people([read_verdicts(f, shown, seed) for f in verdicts], judged)))
     if not (sheet or verdicts): raise BadInput('compare: give --sheet FILE.html to write a sheet, or the files it saved as --verdicts')
 
+def cmd_qa(
+    name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
+    data:str='embedded', # Questions with gold answers: embedded, kuznetsoffandrey/sberquad, or a file with question, context, answers, or prompt, gold
+    limit:int=200, # At most so many held-out questions
+    max_chars:int=2000, # Longest question with its passage, in characters
+    bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)
+    root:str='.', # Folder with data/ and models/
+):
+    "Question answering with gold answers: has the aligned model lost anything?"
+    f = Path(root)/'data'/name/'run.json'
+    if not f.exists(): raise BadInput(f'{f}: no such file; finish the run first: selfalign run {name}')
+    run = Run(read_json(f)['recipe'], root)
+    rows = [r for r in load_instructions(data, max_chars=max_chars, near=1.)[0] if r['split']=='test' and r.get('gold')][:limit]
+    if not rows: raise BadInput(f'{data}: no held-out question has a gold answer; give a file with the columns question, context, answers, or prompt, gold')
+    s, gold = replace(answering(run.r), temperature=0.), {r['prompt_id']: r['gold'] for r in rows}
+    def said(label, llm): return answers(rows, llm, run.data/f'qa_{label}.jsonl', label, s, run.r['system'], run.r['seed'], run.r['batch_size'], f'{label} answers')
+    both = [said('reference', run.model()), said('policy', run.load(run.models))]
+    if bert:
+        for rs in both:
+            for r,b in zip(rs, bert_f1([r['completion'] for r in rs], [gold[r['prompt_id']] for r in rs], bert, run.r['device'] or None)): r['bert'] = b
+    ev = compare(*both, gold)
+    write_json(run.models/'qa.json', {'data': data, 'bert': bert, **ev})
+    print(table(ev).to_string())
+    say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {run.models/"qa.json"}')
+
 def cmd_ask(
     question:str, # What to ask
     model:str='embedded', # Model: embedded, a hub id, a folder, an adapter's folder such as models/quickstart
@@ -760,8 +843,8 @@ def base_of(
     if not f.exists(): raise BadInput(f'{model}: --compare needs the folder of an adapter, such as models/quickstart, or --adapter')
     return read_json(f)['base_model_name_or_path']
 
-# %% ../nbs/08_run.ipynb #322eb75f
-commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'ask': cmd_ask, 'chat': cmd_chat}
+# %% ../nbs/08_run.ipynb #35a6c1b0
+commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'curve': cmd_curve, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'qa': cmd_qa, 'ask': cmd_ask, 'chat': cmd_chat}
 
 def usage()->str:
     "The list of commands"
