@@ -21,7 +21,8 @@ def front(src):
 
 
 def fix_md(s, names):
-    "Links to `NN_name.ipynb` become links to `name.ipynb`, and dunder names in headings stay as they are"
+    "Links to `NN_name.ipynb` become links to `name.ipynb`, dunder names in headings stay as they are, and so do names in a signature, where a link would be shown as text"
+    s = re.sub(r'```.*?```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), s, flags=re.S)
     for a,b in names.items(): s = re.sub(rf'\]\((\./)?{re.escape(a)}(?=[#)])', f']({b}', s)
     return dunder.sub(lambda m: m[1]+m[2].replace('_', r'\_')+f' {{#{m[2].lower()}}}', s)
 

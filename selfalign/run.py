@@ -82,12 +82,12 @@ keys = { # key: (default, lowest, highest, what it is)
     'save_steps':    (10, 1, None, 'steps between two checkpoints'),
 }
 
-# %% ../nbs/08_run.ipynb #514b2dad
+# %% ../nbs/08_run.ipynb #777776f4
 recipes = {
-    'quickstart': dict(model='embedded', data='embedded', n_prompts=48, n_test=32, samples=4, max_new_tokens=64, max_length=256, temperature=.7, top_p=.9, repetition_penalty=1.1,
-                       answer_repetition_penalty=1.1, longest=.8, fuller=1, learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=5, batch_size=64),
-    'brief': dict(model='embedded', data='embedded', n_prompts=120, n_test=128, samples=4, max_new_tokens=64, max_length=256, temperature=.7, top_p=.9, repetition_penalty=1.1, answer_repetition_penalty=1.1,
-                  longest=.8, fuller=1, learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, batch_size=64, second_judge='embedded-base'),
+    'quickstart': dict(model='embedded', data='embedded', n_prompts=48, n_test=32, samples=5, max_new_tokens=64, max_length=256, temperature=.8, top_p=.9, repetition_penalty=1.1,
+                       answer_repetition_penalty=1.1, gap='-16', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=5, batch_size=64),
+    'brief': dict(model='embedded', data='embedded', n_prompts=260, n_test=128, samples=5, max_new_tokens=96, max_length=256, temperature=.8, top_p=.9, repetition_penalty=1.1, answer_repetition_penalty=1.1,
+                  gap='-20', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, batch_size=96, second_judge='embedded-base'),
     'gemma-2-2b-it': dict(model='google/gemma-2-2b-it', data='OpenAssistant/oasst1', samples=6, longest=1., fuller=1, max_new_tokens=512, learning_rate=2e-5, epochs=2., train_batch=32, micro_batch=2,
                           batch_size=64, lora_r=32, max_length=1536, judge='mix'),
 }
@@ -197,7 +197,7 @@ def model_key(
     files = [f'{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}' for f in files]
     return '|'.join([str(where), *files, *(fingerprint(Path(a)/'adapter_model.safetensors') for a in adapters)])
 
-# %% ../nbs/08_run.ipynb #04468999
+# %% ../nbs/08_run.ipynb #5d87d34e
 class Run:
     "One run: its recipe, its folders, and its record `run.json`"
     def __init__(self,
@@ -265,7 +265,7 @@ class Run:
 
     def forget(self):
         "Remove what this run wrote, and nothing else that lies beside it"
-        for f in [*(v[0] for v in steps.values()), 'run.json', 'report.md', 'evaluation.png', 'data4alignment_train.csv', 'data4alignment_test.csv', 'README.md', 'watch.jsonl', 'drift.json', 'answers_example.jsonl', 'answers_graded.jsonl', 'answers_second.jsonl', 'answers_policy.jsonl']:
+        for f in [*(v[0] for v in steps.values()), 'run.json', 'report.md', 'evaluation.png', 'data4alignment_train.csv', 'data4alignment_test.csv', 'README.md', 'watch.jsonl', 'drift.json', 'answers_example.jsonl', 'answers_graded.jsonl', 'answers_second.jsonl', 'answers_policy.jsonl', 'qa_reference.jsonl', 'qa_policy.jsonl']:
             for p in (self.data/f, self.data/f'{f}.part'): p.unlink(missing_ok=True)
         if 'dpo' in self.record.get('steps', {}) or (self.models/'checkpoints.key').exists(): shutil.rmtree(self.models, ignore_errors=True)
         self.record = {}
