@@ -178,7 +178,7 @@ def length_said(
     else: way = 'shorter'
     return f'{m:.0%} {way} (95% interval {lo:.0%} to {hi:.0%})'
 
-# %% ../nbs/07_evaluate.ipynb #c7cf3960
+# %% ../nbs/07_evaluate.ipynb #ab18a1ee
 def table(
     ev:dict, # Of `compare`
 ): # DataFrame
@@ -186,7 +186,7 @@ def table(
     import pandas as pd
     def num(x): return '' if x is None else f'{x:.1f}' if abs(x)>=10 else f'{x:.2f}'
     rows = [{'measure': measures[k][0], 'before': num(ev['reference']['measures'][k]['mean']), 'after': num(ev['policy']['measures'][k]['mean']), 'difference': num(ev['difference'][k]['mean']),
-             '95% interval': f'{num(ev["difference"][k]["ci"][0])} to {num(ev["difference"][k]["ci"][1])}', 'n': ev['difference'][k]['n']} for k in measures if ev['difference'][k]['n']]
+             '95% interval': f'{num(ev["difference"][k]["ci"][0])} to {num(ev["difference"][k]["ci"][1])}', 'n': ev['difference'][k]['n']} for k in measures if ev['difference'].get(k, {}).get('n')]
     return pd.DataFrame(rows).set_index('measure')
 
 def table_md(

@@ -29,11 +29,11 @@ from .inference import answers, stream, talk
 from .evaluate import bert_f1, compare, evaluate, length_said, people, read_verdicts, sheet_rows, sides, table, table_md, verdict_of, win_said
 from .evaluate import sheet as write_sheet
 
-# %% ../nbs/08_run.ipynb #57a779ac
+# %% ../nbs/08_run.ipynb #84751cf9
 keys = { # key: (default, lowest, highest, what it is)
     'name':          ('', None, None, 'name of the run: data/<name>/ and models/<name>/'),
     'model':         ('embedded', None, None, 'the model to align: embedded, a hub id, a folder, a .gguf file'),
-    'data':          ('embedded', None, None, 'instructions: embedded, a hub id, a .csv, .jsonl, .jsonl.gz or .parquet file'),
+    'data':          ('embedded', None, None, 'instructions: embedded, a hub id, a .csv, .json, .jsonl, .jsonl.gz or .parquet file'),
     'device':        ('', None, None, 'cuda, cuda:1, mps or cpu; empty: the best there is'),
     'dtype':         ('', ['', 'float32', 'bfloat16', 'float16'], None, 'precision of the weights; empty: what suits the device'),
     'lang':          ('ru', None, None, 'language of the instructions'),
@@ -536,7 +536,7 @@ def run_all(
     run.save()
     return run
 
-# %% ../nbs/08_run.ipynb #6bd82bd5
+# %% ../nbs/08_run.ipynb #e7a7248e
 def overs(
     txt:str, # Such as `rounds=2 n_test=128`, or None
     where:str, # Recipe's name, for the error
@@ -549,7 +549,7 @@ def overs(
 def cmd_run(
     recipe:str, # quickstart, brief, gemma-2-2b-it, or a YAML file
     root:str='.', # Folder in which data/ and models/ are made
-    data:str=None, # Instructions: embedded, a hub id, a .csv, .jsonl, .jsonl.gz or .parquet file
+    data:str=None, # Instructions: embedded, a hub id, a .csv, .json, .jsonl, .jsonl.gz or .parquet file
     model:str=None, # Model to align: embedded, a hub id, a folder, a .gguf file
     limit:int=None, # Use at most so many instructions
     seed:int=None, # Of sampling and training
