@@ -317,7 +317,7 @@ def versions()->dict:
     from importlib.metadata import version
     return {n: version(n) for n in ('selfalign', 'torch', 'transformers', 'trl', 'peft', 'datasets')}
 
-# %% ../nbs/08_run.ipynb #df159617
+# %% ../nbs/08_run.ipynb #e6e69d8d
 def train_rows(run):
     "Instructions to sample candidates for"
     rows = [r for r in read_jsonl(run.data/'instructions.jsonl') if r['split']=='train']
@@ -331,18 +331,21 @@ def test_rows(run):
     return [r for r in rows if r['split']=='test'][:run.r['n_test']]
 
 def do_data(run):
+    "Read the source, keep what is usable, split it"
     r = run.r
     n = prepare(r['data'], run.data, lang=r['lang'], limit=r['limit'] or None, max_chars=r['max_chars'], seed=r['seed'])
     if n['train']<2 or n['test']<1: raise BadInput(f'{r["data"]}: {n["train"]} instructions to practise on and {n["test"]} held out; at least 2 and 1 are needed (limit is {r["limit"] or "off"})')
     return n
 
 def do_candidates(run):
+    "Ask the training instructions `samples` times"
     r, rows = run.r, train_rows(run)
     s = Sampling(r['temperature'], r['top_k'], r['top_p'], r['repetition_penalty'], r['max_new_tokens'])
     out = sample(rows, run.model(), run.data/'candidates.jsonl', r['samples'], s, r['system'], r['seed'], r['batch_size'], 'candidates')
     return {'in': len(rows), 'out': len(out), 'finished': sum(c['finished'] for c in out), 'tokens': sum(c['n_tokens'] for c in out), 'model': run.model().fingerprint(), 'cut': run.model().n_cut}
 
 def do_judge(run):
+    "Grade the candidates; warn where the judge's audit says not to believe it"
     rows = read_jsonl(run.data/'candidates.jsonl')
     how, llm = run.judging(), run.judge()
     told, before = find_audit(run.judge_name), llm.n_cut
@@ -357,11 +360,16 @@ def do_judge(run):
     return {'in': len(rows), 'out': len(out), 'ungraded': n, 'cut': cut, 'warnings': doubts, 'mix': how['mix']}
 
 def do_pairs(run):
+    "Make pairs of the graded candidates"
     r = run.r
     return make_pairs(read_jsonl(run.data/'scores.jsonl'), run.data, margin=r['margin'], strategy=r['strategy'], per_prompt=r['per_prompt'], gap=read_gap(r['gap'], r['name']), longest=r['longest'], fuller=bool(r['fuller']))
 
-# %% ../nbs/08_run.ipynb #8e74f55d
-def card_title(r): return f'{r["name"]}: {r["model"]} aligned with its own grades'
+# %% ../nbs/08_run.ipynb #f32a577a
+def card_title(
+    r:dict, # A recipe
+)->str:
+    "First line of the adapter's card"
+    return f'{r["name"]}: {r["model"]} aligned with its own grades'
 
 def card_results(
     run:Run, # A finished run
@@ -375,6 +383,7 @@ def card_results(
     return '\n\n'.join(lines)
 
 def do_dpo(run):
+    "Train the adapter on the pairs"
     r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl')
     same = 'learning_rate beta loss_type ld_alpha sft_weight label_smoothing report_to epochs micro_batch lora_r max_length save_steps seed'.split()
     aside = {p['prompt_id']: p for p in pairs if p['split']=='test'}
@@ -385,7 +394,11 @@ def do_dpo(run):
     model_card(run.models, card_title(r))
     return {'in': sum(p['split']=='train' for p in pairs), 'out': len(log), 'loss': [round(log[0]['loss'], 4), round(log[-1]['loss'], 4)]}
 
-def answering(r): return Sampling(r['answer_temperature'], r['top_k'], .9, r['answer_repetition_penalty'], r['max_new_tokens'])
+def answering(
+    r:dict, # A recipe
+)->Sampling:
+    "How held-out answers are sampled"
+    return Sampling(r['answer_temperature'], r['top_k'], .9, r['answer_repetition_penalty'], r['max_new_tokens'])
 
 def ask(run, label, llm):
     "The answers of one of the two models to the instructions of the evaluation"
@@ -393,10 +406,12 @@ def ask(run, label, llm):
     return answers(test_rows(run), llm, run.data/f'answers_{label}.jsonl', label, answering(r), r['system'], r['seed'], r['batch_size'], f'{label} answers')
 
 def do_reference(run):
+    "The model's own answers to the held-out instructions"
     out = ask(run, 'reference', run.model())
     return {'in': len(out), 'out': len(out)}
 
 def do_answer(run):
+    "The aligned model's answers, beside the model's own"
     both = read_jsonl(run.data/'answers_reference.jsonl')+ask(run, 'policy', run.load(run.models))
     write_jsonl(run.data/'answers.jsonl', both)
     (run.data/'answers_policy.jsonl').unlink()
@@ -404,6 +419,7 @@ def do_answer(run):
     return {'in': len(both)//2, 'out': len(both)}
 
 def do_evaluate(run):
+    "Grade and compare both; write the report and the card"
     rows = read_jsonl(run.data/'answers.jsonl')
     second = run.load(model=run.r['second_judge']) if run.r['second_judge'] else None
     ev = evaluate(rows, run.judge(), run.data, test_rows(run), run.r['judge'], run.r['system'], 'evaluation', second, **run.judging())
