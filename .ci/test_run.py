@@ -3,8 +3,6 @@ import csv, json, os, subprocess, sys
 
 import pytest
 
-from selfalign.run import recipes
-
 questions = ['Почему зимой дни короче, чем летом?', 'Как быстро почистить чеснок?', 'Что такое фотосинтез?', 'Придумай название для кафе у моря', 'Сколько минут в сутках?',
              'чем отличается кит от рыбы', 'Как завязать галстук?', 'Напиши короткое поздравление с днём рождения для коллеги', 'Зачем нужен пароль из разных символов?',
              'Кто написал «Войну и мир»?', 'Как объяснить ребёнку, что такое деньги?', 'Какая планета самая большая?']
@@ -34,7 +32,7 @@ def test_every_file_is_there_and_fits_the_one_before(root):
     ins, cands, scores, pairs, ans = (rows(d/f'{n}.jsonl') for n in ('instructions', 'candidates', 'scores', 'pairs', 'answers'))
     train, test = ({r['prompt_id'] for r in ins if r['split']==s} for s in ('train', 'test'))
     assert train and test and not train & test
-    assert {r['prompt_id'] for r in cands}==train and len(cands)==recipes['quickstart']['samples']*len(train)
+    assert {r['prompt_id'] for r in cands}==train and len(cands)==5*len(train)
     assert [(r['prompt_id'], r['sample'], r['completion']) for r in scores]==[(r['prompt_id'], r['sample'], r['completion']) for r in cands]
     assert all(r['score'] is None or 1<=r['score']<=5 for r in scores)
     assert {p['prompt_id'] for p in pairs}<=train and all(p['chosen']!=p['rejected'] and p['chosen'] and p['margin']>0 for p in pairs)
@@ -45,7 +43,7 @@ def test_every_file_is_there_and_fits_the_one_before(root):
 def test_training_starts_at_the_reference_and_moves_the_answers(root):
     log = rows(root/'models/quickstart/log.jsonl')
     assert abs(log[0]['rewards/margins'])<1e-3 and abs(log[0]['rewards/chosen'])<1e-3  # so DPO's part of the loss is ln 2
-    assert log[-1]['rewards/margins']>.01
+    assert log[-1]['rewards/margins']>.01 and log[-1]['loss']<log[0]['loss']
     ans = rows(root/'data/quickstart/answers.jsonl')
     by = {m: [r['completion'] for r in ans if r['model']==m] for m in ('reference', 'policy')}
     assert by['reference']!=by['policy']

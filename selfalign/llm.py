@@ -88,7 +88,7 @@ def convert_gguf(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
 
-# %% ../nbs/01_llm.ipynb #62131956
+# %% ../nbs/01_llm.ipynb #7a030594
 def embedded_base(
 )->Path: # A model folder in the cache
     "The embedded model, google/gemma-3-270m, joined, verified and converted at its first use"
@@ -108,7 +108,6 @@ def tempfile_dir(
     root:Path, # Folder to make it in
 ):
     "A temporary folder inside `root`, gone afterwards"
-    import tempfile
     with tempfile.TemporaryDirectory(dir=root) as d: yield Path(d)
 
 # %% ../nbs/01_llm.ipynb #79e53afd
@@ -438,7 +437,7 @@ def keep_heap():
     try: libc = ctypes.CDLL('libc.so.6'); libc.mallopt(-4, 0); libc.mallopt(-1, 2**31-1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError): pass  # another C library
 
-# %% ../nbs/01_llm.ipynb #03f9b84f
+# %% ../nbs/01_llm.ipynb #76cee2d7
 def load(
     model:str='embedded', # `embedded`, `embedded-base`, a hub id, a folder, a `.gguf` file, or an adapter's folder
     adapter:str=None, # Folder of a LoRA adapter to put on top; merged into the weights
@@ -464,7 +463,7 @@ def load(
     for a in adapters: m = merge_adapter(m, a)
     if bits and adapters:  # whole weights take an adapter exactly, rounded ones do not
         with tempfile.TemporaryDirectory() as d: m.save_pretrained(d); m = read(d, **fewer)
-    for x in m.modules():
+    for x in m.modules() if bits else ():
         if hasattr(x, 'support_avx512bf16_for_cpu'): x.support_avx512bf16_for_cpu = False  # bitsandbytes' packed form of some CPUs has no backward pass
     return LLM(m, tok, str(model)+(f'+{adapter}' if adapter else ''))
 

@@ -9,8 +9,8 @@ __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'shared', 'which', 'exampl
            'answering', 'ask', 'do_reference', 'do_answer', 'do_evaluate', 'grid_points', 'borrow', 'frontier_row',
            'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said', 'summary', 'run_all', 'overs', 'cmd_run',
            'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'cmd_curve', 'plot_curve', 'to_json',
-           'cmd_frontier', 'example_answers', 'cmd_compare', 'cmd_qa', 'cmd_ask', 'cmd_chat', 'base_of', 'usage',
-           'quiet', 'fail', 'main']
+           'cmd_frontier', 'example_answers', 'finished', 'cmd_compare', 'cmd_qa', 'cmd_ask', 'cmd_chat', 'base_of',
+           'usage', 'quiet', 'fail', 'main']
 
 # %% ../nbs/08_run.ipynb #e56fd3b6
 import hashlib, json, math, os, random, re, shutil, sys, time
@@ -364,7 +364,7 @@ def do_pairs(run):
     r = run.r
     return make_pairs(read_jsonl(run.data/'scores.jsonl'), run.data, margin=r['margin'], strategy=r['strategy'], per_prompt=r['per_prompt'], gap=read_gap(r['gap'], r['name']), longest=r['longest'], fuller=bool(r['fuller']))
 
-# %% ../nbs/08_run.ipynb #f32a577a
+# %% ../nbs/08_run.ipynb #03784aff
 def card_title(
     r:dict, # A recipe
 )->str:
@@ -387,6 +387,7 @@ def do_dpo(run):
     r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl')
     same = 'learning_rate beta loss_type ld_alpha sft_weight label_smoothing report_to epochs micro_batch lora_r max_length save_steps seed'.split()
     aside = {p['prompt_id']: p for p in pairs if p['split']=='test'}
+    if r['bits']: run.llm = None  # whole weights and rounded ones need not fit together
     llm = run.load(bits=r['bits']) if r['bits'] else run.model()
     eyes = [watch(llm, list(aside.values())[:8], run.data/'watch.jsonl', r['watch'], system=r['system'])] if r['watch'] and aside else None
     log = train_dpo([p for p in pairs if p['split']=='train'], llm, run.models, r['system'], run.resume, 'dpo', eyes, run.data, batch_size=r['train_batch'], lora_alpha=2*r['lora_r'], **{k: r[k] for k in same})
@@ -552,15 +553,16 @@ def run_all(
     run.save()
     return run
 
-# %% ../nbs/08_run.ipynb #e7a7248e
+# %% ../nbs/08_run.ipynb #bf9d501f
 def overs(
     txt:str, # Such as `rounds=2 n_test=128`, or None
     where:str, # Recipe's name, for the error
+    **named, # Keys that have an option of their own
 )->dict:
-    "Keys of a recipe given in one line"
+    "Keys of a recipe given on the command line, those in one line last"
     points = grid_points(txt or '', where) or [{}]
     if len(points)>1: raise BadInput(f'{where}: --set {txt!r}: one value for each key; `selfalign frontier --grid` takes several')
-    return points[0]
+    return {**named, **points[0]}
 
 def cmd_run(
     recipe:str, # quickstart, brief, gemma-2-2b-it, or a YAML file
@@ -573,7 +575,7 @@ def cmd_run(
     fresh:store_true=False, # Begin anew instead of going on where it stopped
 ):
     "The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate"
-    over = {**dict(data=data, model=model, limit=limit, seed=seed), **overs(set, recipe)}
+    over = overs(set, recipe, data=data, model=model, limit=limit, seed=seed)
     run = run_all(Run(read_recipe(recipe, **over), root), fresh)
     print(summary(run))
     if run.r['rounds']>1: print(drift_said(more_rounds(run, lambda **kw: Run(read_recipe(recipe, **{**over, **kw}), root), fresh)))
@@ -592,7 +594,7 @@ def step_command(
         limit:int=None, # Use at most so many instructions
         seed:int=None, # Of sampling and training
         set:str=None, # Other keys of the recipe, as for run
-    ): Run(read_recipe(recipe, **{**dict(data=data, model=model, limit=limit, seed=seed), **overs(set, recipe)}), root).step(step, force=True)
+    ): Run(read_recipe(recipe, **overs(set, recipe, data=data, model=model, limit=limit, seed=seed)), root).step(step, force=True)
     cmd.__doc__ = f'Only the step {step}: writes {steps[step][0]}'
     return cmd
 def cmd_dpo(
@@ -604,11 +606,11 @@ def cmd_dpo(
     resume:store_true=False, # Go on from the last checkpoint of an interrupted training with the same settings
 ):
     "Only the step dpo: writes models/<name>/"
-    run = Run(read_recipe(recipe, **{**dict(model=model, seed=seed), **overs(set, recipe)}), root)
+    run = Run(read_recipe(recipe, **overs(set, recipe, model=model, seed=seed)), root)
     run.resume = resume
     run.step('dpo', force=True)
 
-# %% ../nbs/08_run.ipynb #39790728
+# %% ../nbs/08_run.ipynb #2bf347bd
 def cmd_sft(
     name:str='warm', # Name of the adapter: models/<name>/
     root:str='.', # Folder with models/
@@ -740,7 +742,7 @@ def cmd_frontier(
             one = Run(read_recipe(recipe, limit=limit, tune=tune, **{**point, 'name': name}), root)
             borrow(base, one)
             run_all(one)
-            for f in one.data.glob('ref_logps_*.json'): shutil.copy(f, base.data/f.name)  # the next setting may train on the same pairs
+            borrow(one, base)  # log-probabilities of the reference: the next setting may train on the same pairs
             rows.append(frontier_row(point, name, read_json(one.data/'evaluation.json')))
         except BadInput as e: rows.append({**point, 'name': name, 'failed': str(e)})
         mark_dominated(rows)
@@ -763,6 +765,16 @@ def example_answers(
     write_jsonl(f, rows)
     return rows
 
+def finished(
+    name:str, # Name of a run
+    file:str, # What it must have written, in data/<name>/
+    root:str, # Folder with data/
+)->Run:
+    "A run that has come so far"
+    f = Path(root)/'data'/name/file
+    if not f.exists(): raise BadInput(f'{f}: no such file; finish the run first: selfalign run {name}')
+    return Run(read_json(f.with_name('run.json'))['recipe'], root)
+
 def cmd_compare(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
     verdicts:Param('Files of verdicts that the sheet saved: print what people chose', str, nargs='*')=None,
@@ -771,9 +783,8 @@ def cmd_compare(
     seed:int=0, # Of the sides
 ):
     "People's verdicts: write a blind A/B sheet, or read what they chose"
-    folder = Path(root)/'data'/name
-    if not (folder/'answers_graded.jsonl').exists(): raise BadInput(f'{folder}/answers_graded.jsonl: no such file; finish the run first: selfalign run {name}')
-    rows = read_jsonl(folder/'answers_graded.jsonl')+example_answers(Run(read_json(folder/'run.json')['recipe'], root))
+    run = finished(name, 'answers_graded.jsonl', root)
+    rows = read_jsonl(run.data/'answers_graded.jsonl')+example_answers(run)
     ref, pol = sides(rows)
     shown = sheet_rows(ref, pol, seed)
     if sheet: say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet))}; equal answers are left out')
@@ -792,9 +803,7 @@ def cmd_qa(
     root:str='.', # Folder with data/ and models/
 ):
     "Question answering with gold answers: has the aligned model lost anything?"
-    f = Path(root)/'data'/name/'run.json'
-    if not f.exists(): raise BadInput(f'{f}: no such file; finish the run first: selfalign run {name}')
-    run = Run(read_json(f)['recipe'], root)
+    run = finished(name, 'run.json', root)
     rows = [r for r in load_instructions(data, max_chars=max_chars, near=1.)[0] if r['split']=='test' and r.get('gold')][:limit]
     if not rows: raise BadInput(f'{data}: no held-out question has a gold answer; give a file with the columns question, context, answers, or prompt, gold')
     s, gold = replace(answering(run.r), temperature=0.), {r['prompt_id']: r['gold'] for r in rows}
