@@ -6,7 +6,8 @@
 __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'aligned', 'cache_dir', 'join_parts', 'check_gguf',
            'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'ensure_template', 'merge_system', 'render',
            'strip_marks', 'Sampling', 'next_probs', 'penalise', 'Completion', 'row_noise', 'LLM', 'stop_ids',
-           'pad_left', 'choose', 'bar', 'pick_device', 'resolve', 'explain', 'keep_heap', 'load', 'quantised',
+           'pad_left', 'choose', 'Shortlist', 'RoundedShortlist', 'draw', 'Slots', 'slot_attention', 'with_attention',
+           'Batch', 'out_of_memory', 'bar', 'pick_device', 'resolve', 'explain', 'keep_heap', 'load', 'quantised',
            'model_type', 'check_adapter', 'merge_adapter', 'choice_ids', 'pad_right', 'end_of_turn', 'batches', 'tiny',
            'tiny_tokenizer']
 
@@ -185,19 +186,12 @@ def next_probs(
 
 # %% ../nbs/01_llm.ipynb #ed1a6b40
 def penalise(
-    logits,  # Tensor (rows, vocabulary); changed in place
-    seen,    # Tensor (rows, length) of token ids in prompt and answer so far
+    logits,  # Tensor (rows, tokens)
+    seen,    # Booleans (rows, tokens): was this token in prompt or answer so far?
     penalty, # 1: no penalty
-    stop,    # Tensor of token ids never penalised
 ):
-    "Make the tokens of `seen` less probable, as CTRL does (Keskar et al. 2019)"
-    import torch
-    if penalty==1: return logits
-    keep = logits[:, stop].clone()
-    v = logits.gather(1, seen)
-    logits.scatter_(1, seen, torch.where(v<0, v*penalty, v/penalty))
-    logits[:, stop] = keep
-    return logits
+    "Make the tokens that were seen less probable, as CTRL does (Keskar et al. 2019)"
+    return logits if penalty==1 else logits.where(~seen, (logits/penalty).where(logits>0, logits*penalty))
 
 # %% ../nbs/01_llm.ipynb #af3ae55a
 @dataclass
@@ -227,7 +221,7 @@ class LLM:
         tok,   # Its tokenizer
         name:str, # How the user called it
     ):
-        self.model, self.tok, self.name, self.n_cut = model.eval(), ensure_template(tok), name, 0
+        self.model, self.tok, self.name, self.n_cut, self.rounded, self.slotted = model.eval(), ensure_template(tok), name, 0, {}, None
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
         tok.padding_side = 'left'
         self.stop = stop_ids(model, tok)
@@ -299,22 +293,35 @@ def decode(self:LLM,
         out = self.model(**x, use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].float()
         if n>1: cache.batch_repeat_interleave(n)
-        seen, mask, logits = (t.repeat_interleave(n, 0) for t in (x['input_ids'], x['attention_mask'], logits))
-        rows, stop = torch.arange(len(seen), device=self.device), torch.tensor(self.stop, device=self.device)
+        words, mask, logits = (t.repeat_interleave(n, 0) for t in (x['input_ids'], x['attention_mask'], logits))
+        rows, stop = torch.arange(len(words), device=self.device), torch.tensor(self.stop, device=self.device)
+        seen = self.bits(len(words), words)
         noise = noise.to(self.device)
         for step in range(s.max_new_tokens):
-            logits = penalise(logits, seen, s.repetition_penalty, stop)
-            t = choose(logits, noise[rows, step], s)
+            t = choose(penalise(logits, seen, s.repetition_penalty), noise[rows, step], s)
             yield rows.tolist(), t.tolist()
             alive = (~torch.isin(t, stop)).nonzero()[:, 0]
             if not len(alive) or step+1==s.max_new_tokens: return
             if len(alive)<len(t):
                 cache.batch_select_indices(alive)
                 rows, t, seen, mask = (o[alive] for o in (rows, t, seen, mask))
-            seen, mask = torch.cat([seen, t[:, None]], 1), torch.cat([mask, torch.ones_like(t[:, None])], 1)
+            mask = torch.cat([mask, torch.ones_like(t[:, None])], 1)
+            seen.scatter_(1, t[:, None], True)
             out = self.model(input_ids=t[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True)-1,
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1].float()
+
+@patch
+def bits(self:LLM,
+    rows:int, # How many
+    words=None, # Tensor (rows, length) of token ids
+):
+    "Booleans (rows, vocabulary): which tokens are among `words`, stop and padding tokens left out"
+    import torch
+    b = torch.zeros(rows, self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
+    if words is not None: b.scatter_(1, words, True)
+    b[:, [*self.stop, self.tok.pad_token_id]] = False
+    return b
 
 def choose(
     logits, # Tensor (rows, vocabulary)
@@ -327,6 +334,380 @@ def choose(
     k = (p.cumsum(-1)<=u[:, None]).sum(-1).clamp(max=p.shape[-1]-1)
     return i.gather(1, k[:, None])[:, 0]
 
+# %% ../nbs/01_llm.ipynb #a2c35f25
+class Shortlist:
+    "The most probable next tokens, by the model's own output layer"
+    def __init__(self,
+        model, # transformers causal language model
+        m:int, # How many tokens
+    ):
+        self.layer, self.m = model.get_output_embeddings(), m
+        self.cap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
+
+    def soft(self, x): return (x/self.cap).tanh()*self.cap if self.cap else x
+
+    def logits(self,
+        h, # Hidden states (rows, width) after the last norm
+    ):
+        "Logits of the whole vocabulary (rows, vocabulary)"
+        return self.soft(self.layer(h).float())
+
+    def __call__(self,
+        h, # As for `logits`
+    )->tuple: # Token ids (rows, m), their logits (rows, m), and (rows,) what no other token's logit exceeds
+        "The `m` most probable tokens"
+        x = self.logits(h)
+        if self.m>=x.shape[-1]: return None, x, x.new_full(x.shape[:1], float('-inf'))
+        v, i = x.topk(self.m, -1)
+        return i, v, v[:, -1]
+
+# %% ../nbs/01_llm.ipynb #44d7c556
+class RoundedShortlist(Shortlist):
+    "The same on a CPU, found with an output layer of eight bits and then computed exactly"
+    block, sure = 64, 10  # tokens of a block; standard deviations of the rounding error that a row must be clear of
+    def __init__(self,
+        model, # As for `Shortlist`
+        m:int, # How many tokens
+        h, # Hidden states (any number, width), to balance the columns by
+    ):
+        import torch
+        super().__init__(model, m)
+        w = self.layer.weight.detach()
+        self.even = (h.abs().amax(0)/w.abs().amax(0)).clamp(min=1e-9).sqrt()  # SmoothQuant (Xiao et al. 2023), alpha 1/2
+        most = 127 if torch.cpu._is_vnni_supported() else 63  # without VNNI sums of two products must fit 16 bits
+        rounded, scale = torch.empty(w.shape, dtype=torch.int8), torch.empty(len(w))
+        for a in range(0, len(w), 1<<14):
+            x = w[a:a+(1<<14)]*self.even
+            scale[a:a+len(x)] = x.abs().amax(1)/most
+            rounded[a:a+len(x)] = (x/scale[a:a+len(x), None]).round()
+        self.packed, self.scale, self.zero = torch.ops.onednn.qlinear_prepack(rounded, None), scale, torch.zeros(len(w), dtype=torch.int8)
+
+    def near(self,
+        h, # As for `logits`
+    )->tuple: # Logits (rows, vocabulary) as bfloat16, to be multiplied by (rows, 1)
+        "Approximate logits, before soft-capping"
+        import torch
+        x = h/self.even
+        unit = x.abs().amax(1, keepdim=True)/127
+        x = (x/unit).round().add_(128).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(x, 1., 128, self.packed, self.scale, self.zero, None, 1., 0, torch.bfloat16, 'none', [], ''), unit
+
+    def __call__(self, h):
+        y, unit = self.near(h)
+        y = y.view(len(h), -1, self.block)
+        blocks = y.amax(-1).topk(self.m, -1).indices  # the m largest lie in the m blocks with the largest maxima
+        v, j = y.gather(1, blocks[..., None].expand(-1, -1, self.block)).flatten(1).float().topk(self.m, -1)
+        ids = blocks.gather(1, j//self.block)*self.block+j%self.block
+        exact = (self.layer.weight[ids]@h[..., None])[..., 0]
+        error = exact-v*unit
+        return ids, self.soft(exact), self.soft((v[:, -1:]*unit)[:, 0]+error.mean(1)+self.sure*error.std(1))
+
+# %% ../nbs/01_llm.ipynb #846f215a
+def draw(
+    short:Shortlist, # Finds the candidates for the next token
+    h, # Hidden states (rows, width)
+    seen, # Booleans (rows, vocabulary), of `LLM.bits`
+    u, # Uniform numbers (rows,)
+    s:Sampling, # Settings
+):
+    "The next token of each row; where the shortlist may have missed a token that counts, from the whole vocabulary"
+    ids, logits, most = short(h)
+    logits = penalise(logits, seen if ids is None else seen.gather(1, ids), s.repetition_penalty)
+    t = choose(logits, u, s)
+    if ids is None: return t
+    t = ids.gather(1, t[:, None])[:, 0]
+    worst = logits.topk(min(s.top_k, logits.shape[1]) if s.temperature else 1, -1).values[:, -1]
+    redo = (worst<most).nonzero()[:, 0]
+    if len(redo): t[redo] = choose(penalise(short.logits(h[redo]), seen[redo], s.repetition_penalty), u[redo], s)
+    return t
+
+# %% ../nbs/01_llm.ipynb #fe55b066
+class Slots:
+    "Keys and values of the rows in work: row i lies in slot i, from position 0 on, at its own length"
+    def __init__(self, device):
+        import torch
+        self.kv, self.n, self.used, self.cap = {}, torch.zeros(0, dtype=torch.long, device=device), 0, 0
+
+    def fit(self,
+        rows:int, # Slots wanted
+        cap:int, # Positions wanted in each
+    ):
+        "Make room, keeping what is there"
+        if rows<=len(self.n) and cap<=self.cap: return
+        rows, cap = max(rows, len(self.n)), max(-(-cap//32)*32, self.cap)
+        def more(t, *shape):
+            new = t.new_zeros(rows, *shape)
+            new[(slice(len(t)), *(slice(o) for o in t.shape[1:]))] = t
+            return new
+        self.kv = {k: more(t, t.shape[1], cap, t.shape[3]) for k,t in self.kv.items()}
+        self.n, self.cap = more(self.n), cap
+
+    def admit(self,
+        cache, # transformers cache of prompts padded on the right
+        n, # Their lengths (prompts,)
+        src, # For each new row, the index of its prompt (rows,)
+    ):
+        "Copy the prompts' keys and values into the next free slots"
+        a, b = self.used, self.used+len(src)
+        for l,layer in enumerate(cache.layers):
+            for name,t in (('k', layer.keys), ('v', layer.values)):
+                if (name, l) not in self.kv: self.kv[name, l] = t.new_zeros(len(self.n), t.shape[1], self.cap, t.shape[3])
+                self.kv[name, l][a:b, :, :t.shape[2]] = t[src]
+        self.n[a:b], self.used = n[src], b
+
+    def drop(self,
+        holes:list, # Slots left by rows that have gone and filled anew
+        movers:list, # The rows that fill them
+        left:int, # Rows in work afterwards
+    ):
+        "Let the last rows move into the holes, so that rows in work always lie side by side"
+        if holes:
+            top = int(self.n[movers].max())
+            for t in self.kv.values(): t[holes, :, :top] = t[movers, :, :top]
+            self.n[holes] = self.n[movers]
+        self.used = left
+
+    def begin(self):
+        "Before a step: how far back the rows reach"
+        import torch
+        self.top, self.rows, self.masks = int(self.n[:self.used].max())+1, torch.arange(self.used, device=self.n.device), {}
+
+    def mask(self,
+        window:int, # Size of a sliding window, or None
+        like, # Tensor with the type of the mask
+    ):
+        "What to add to the attention scores (rows, 1, 1, positions); made once a step for all layers with that window"
+        import torch
+        if window not in self.masks:
+            at, n = torch.arange(self.top, device=self.n.device)[None], self.n[:self.used, None]
+            out = (at>n) | (at<=n-window if window else False)
+            self.masks[window] = like.new_zeros(out.shape).masked_fill(out, torch.finfo(like.dtype).min)[:, None, None]
+        return self.masks[window]
+
+# %% ../nbs/01_llm.ipynb #3c3390aa
+def slot_attention(module, q, k, v, attention_mask, slots=None, scaling=None, sliding_window=None, softcap=None, **kw):
+    "One step of attention over `Slots`, as transformers' attention functions are called: one query for each row"
+    import torch.nn.functional as F
+    l, u = module.layer_idx, slots.used
+    for name,new in (('k', k), ('v', v)): slots.kv[name, l][slots.rows, :, slots.n[:u]] = new[:, :, 0]
+    K, V = (slots.kv[name, l][:u, :, :slots.top] for name in 'kv')
+    mask, q = slots.mask(sliding_window, q), q.view(u, K.shape[1], -1, q.shape[-1])  # heads with the same keys are queries of one head
+    if softcap: o = ((q@K.transpose(2, 3)*scaling/softcap).tanh()*softcap+mask).float().softmax(-1).to(q.dtype)@V
+    else: o = F.scaled_dot_product_attention(q, K, V, mask, scale=scaling)
+    return o.reshape(u, 1, -1, q.shape[-1]), None
+
+@contextmanager
+def with_attention(
+    model, # transformers model
+    name:str='slots', # An attention function known to transformers
+):
+    "Within it the model attends by another function"
+    from transformers import AttentionInterface
+    AttentionInterface.register('slots', slot_attention)
+    cfg = model.config.get_text_config()
+    was, cfg._attn_implementation = cfg._attn_implementation, name
+    try: yield
+    finally: cfg._attn_implementation = was
+@patch
+def go_on(self:LLM,
+    t, # Token ids (rows,), one for each row in `slots`
+    slots:Slots, # What went before
+):
+    "Read one more token of each row: hidden states (rows, width)"
+    slots.begin()
+    n = slots.n[:slots.used]
+    with with_attention(self.model):
+        h = self.model.get_decoder()(input_ids=t[:, None], position_ids=n[:, None], use_cache=False, slots=slots).last_hidden_state
+    n += 1
+    return h[:, -1]
+
+# %% ../nbs/01_llm.ipynb #4be8416b
+class Batch:
+    "The rows being written together; a row that has finished leaves, and a new one takes its place"
+    def __init__(self,
+        llm:LLM, # The model
+        s:Sampling, # Settings
+        rows:int, # Most rows
+    ):
+        import torch
+        self.llm, self.s, self.slots, self.short, self.who = llm, s, Slots(llm.device), None, []
+        self.t, self.said = (torch.zeros(rows, dtype=torch.long, device=llm.device) for _ in range(2))
+        self.u, self.seen = torch.zeros(rows, s.max_new_tokens, device=llm.device), llm.bits(rows)
+
+    def admit(self,
+        jobs:list, # `(ids of the prompt, [((index of prompt, sample), noise)])`
+    )->list: # Of rows that finished
+        "Read new prompts, each once, and write the first token of their rows"
+        import torch
+        x, mask = pad_right([ids for ids,_ in jobs], self.llm.tok.pad_token_id, self.llm.device)
+        h, cache = self.llm.read(x, mask)
+        if self.short is None: self.short = self.llm.shortlist(self.s, h[mask.bool()])
+        src = torch.tensor([j for j,(_,rows) in enumerate(jobs) for _ in rows], device=self.llm.device)
+        a, b = len(self.who), len(self.who)+len(src)
+        self.slots.fit(len(self.t), x.shape[1]+self.s.max_new_tokens)
+        self.slots.admit(cache, mask.sum(1), src)
+        self.who += [(who, []) for _,rows in jobs for who,_ in rows]
+        self.u[a:b] = torch.stack([u for _,rows in jobs for _,u in rows])
+        self.seen[a:b], self.said[a:b] = self.llm.bits(len(src), x[src]), 0
+        return self.tell(h[torch.arange(len(jobs)), mask.sum(1)-1][src], a, b)
+
+    def step(self)->list: # Of rows that finished
+        "Write one token of every row"
+        return self.tell(self.llm.go_on(self.t[:len(self.who)], self.slots), 0, len(self.who))
+
+    def tell(self,
+        h, # Hidden states of the rows a to b
+        a:int, # First row
+        b:int, # The one after the last
+    )->list: # `((index of prompt, sample), tokens)` of rows that finished
+        "Choose the next token of some rows, and let those leave that have finished"
+        t = draw(self.short, h, self.seen[a:b], self.u[a:b].gather(1, self.said[a:b, None])[:, 0], self.s)
+        self.t[a:b] = t
+        self.seen[a:b].scatter_(1, t[:, None], True)
+        self.said[a:b] += 1
+        for (_,ids),x in zip(self.who[a:b], t.tolist()): ids.append(x)
+        gone = [i for i in range(a, b) if self.who[i][1][-1] in self.llm.stop or len(self.who[i][1])==self.s.max_new_tokens]
+        out, left = [self.who[i] for i in gone], len(self.who)-len(gone)
+        holes = [i for i in gone if i<left]
+        movers = sorted({*range(left, len(self.who))}-{*gone})
+        self.slots.drop(holes, movers, left)
+        for h,m in zip(holes, movers): self.who[h] = self.who[m]
+        for x in (self.t, self.said, self.u, self.seen) if holes else (): x[holes] = x[movers]
+        del self.who[left:]
+        return out
+
+# %% ../nbs/01_llm.ipynb #cc222af9
+@patch
+def read(self:LLM,
+    x, # Token ids (prompts, longest), padded on the right
+    mask, # 1 where there is a token
+)->tuple: # Hidden states (prompts, longest, width), transformers cache
+    "Read prompts"
+    from transformers import DynamicCache
+    out = self.model.get_decoder()(input_ids=x, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True)
+    return out.last_hidden_state, out.past_key_values
+
+@patch
+def has_slots(self:LLM)->bool:
+    "Does this architecture give the same next token through `Slots` as by itself? Tried once, on a few tokens"
+    import torch
+    if self.slotted is not None: return self.slotted
+    x = torch.tensor([self.encode(self.render('да'))], device=self.device)
+    with torch.inference_mode():
+        plain, slots = self.model(input_ids=x, logits_to_keep=1).logits[:, -1].float(), Slots(self.device)
+        try:
+            slots.fit(1, x.shape[1])
+            slots.admit(self.read(x[:, :-1], torch.ones_like(x[:, :-1]))[1], torch.tensor([x.shape[1]-1], device=self.device), torch.tensor([0], device=self.device))
+            off = (Shortlist(self.model, 1).logits(self.go_on(x[:, -1], slots))-plain).abs().max()
+            self.slotted = bool(off<=plain.abs().max()*(1e-3 if self.model.dtype==torch.float32 else 5e-2))
+        except Exception as e: self.slotted = False; logging.getLogger(__name__).warning(f'{self.name}: {type(e).__name__} in continuous batching ({str(e)[:80]}); batch by batch instead')
+    return self.slotted
+
+@patch
+def write_plain(self:LLM,
+    prompts:list, # As for `write`
+    jobs:list, # As for `write`
+    s:Sampling, # Settings
+    seed:int=42, # As for `generate`
+    rows:int=32, # Rows of a batch
+):
+    "The same as `write` by the simple loop, batch by batch"
+    import torch
+    flat = [(i, k) for i,ks in jobs for k in ks]
+    for b in (flat[j:j+rows] for j in range(0, len(flat), rows)):
+        said = [[] for _ in b]
+        for who,ts in self.decode([self.encode(prompts[i], s.max_new_tokens) for i,_ in b], torch.stack([row_noise(seed, prompts[i], k, s.max_new_tokens) for i,k in b]), s):
+            for r,t in zip(who, ts): said[r].append(t)
+        for (i, k),ids in zip(b, said): yield i, k, ids
+
+@patch
+def shortlist(self:LLM,
+    s:Sampling, # Settings
+    h, # Hidden states (any number, width), of prompts
+)->Shortlist:
+    "What finds the candidates for the next token: of eight bits where that pays, which is on a CPU, with a large vocabulary"
+    import torch
+    m, layer = max(128, 5*s.top_k), self.model.get_output_embeddings()
+    if (s.temperature and not s.top_k) or s.repetition_penalty<1: m = layer.weight.shape[0]  # any token may be chosen
+    plain = Shortlist(self.model, m)
+    fit = self.device.type=='cpu' and layer.weight.dtype==torch.float32 and type(layer) is torch.nn.Linear and layer.bias is None
+    if not fit or layer.weight.shape[0]<64*max(m, 256) or layer.weight.shape[0]%RoundedShortlist.block or not hasattr(torch.ops.onednn, 'qlinear_prepack'): return plain
+    if (m, layer) not in self.rounded: self.rounded = {(m, layer): RoundedShortlist(self.model, m, h)}
+    return self.rounded[m, layer]
+
+@patch
+def most_rows(self:LLM,
+    batch_size:int, # Wished; 0: the device's own measure
+    cap:int, # Positions of a row, prompt and answer
+)->int:
+    "How many rows may be written together: 128 on a CPU, 256 on a GPU, fewer where half of the free memory does not hold their keys and values"
+    import torch
+    cfg = self.model.config.get_text_config()
+    heads, width = getattr(cfg, 'num_key_value_heads', None) or cfg.num_attention_heads, getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
+    if self.device.type=='cuda': free = torch.cuda.mem_get_info(self.device)[0]
+    else: import psutil; free = psutil.virtual_memory().available
+    vocabulary = self.model.get_output_embeddings().weight.shape[0]
+    row = 2*cfg.num_hidden_layers*heads*width*cap*self.model.dtype.itemsize+9*vocabulary  # logits as float32 and twice as bfloat16, and a bit for what was seen
+    return max(1, min(batch_size or (256 if self.device.type=='cuda' else 128), int(free/2/row)))
+
+# %% ../nbs/01_llm.ipynb #ea2608e9
+@patch
+def write(self:LLM,
+    prompts:list, # Rendered chat texts
+    jobs:list, # `(index of prompt, [samples])`, in the order in which they are begun
+    s:Sampling, # Settings
+    seed:int=42, # As for `generate`
+    batch_size:int=0, # As for `generate`
+):
+    "Yield `(index of prompt, sample, tokens)` of every row as it finishes: continuous batching (Orca, Yu et al. 2022)"
+    import torch
+    from collections import deque
+    if not jobs: return
+    queue, batch = deque(jobs), None
+    rows = self.most_rows(batch_size, len(self.encode(prompts[jobs[-1][0]], s.max_new_tokens))+s.max_new_tokens)
+    if not self.has_slots(): yield from self.write_plain(prompts, jobs, s, seed, rows); return
+    with torch.inference_mode():
+        while queue or batch.who:
+            taken = []
+            try:
+                batch = batch or Batch(self, s, rows)
+                taken = self.take(queue, batch, prompts, rows)
+                done = batch.admit([(ids, [((i, k), row_noise(seed, prompts[i], k, s.max_new_tokens)) for k in ks]) for i,ids,ks in taken]) if taken else batch.step()
+            except RuntimeError as e:
+                if rows==1 or not out_of_memory(e): raise
+                queue.extendleft(reversed([(i, ks) for i,_,ks in taken] + [(i, [k]) for (i, k),_ in batch.who if i not in {j for j,*_ in taken}] if batch else []))
+                rows, batch = rows//2, None
+                logging.getLogger(__name__).warning(f'{self.name}: out of memory; going on with {rows} rows at a time')
+                continue
+            for (i, k),ids in done: yield i, k, ids
+
+@patch
+def take(self:LLM,
+    queue, # Deque of `(index of prompt, [samples])`; what is taken leaves it
+    batch:Batch, # The rows in work
+    prompts:list, # Rendered chat texts
+    rows:int, # Most rows
+    tokens:int=4096, # Most tokens of prompts to read at once
+)->list: # `(index of prompt, its ids, [samples])`
+    "The next prompts to begin, once an eighth of the rows is free"
+    free, res = rows-len(batch.who), []
+    if not queue or free<min(rows, max(rows//8, len(queue[0][1]))): return []
+    while queue and free:
+        i, ks = queue[0]
+        if len(ks)>free and res: break
+        ids = self.encode(prompts[i], batch.s.max_new_tokens)
+        if res and len(ids)*(len(res)+1)>tokens: break
+        queue.popleft()
+        if len(ks)>free: queue.appendleft((i, ks[free:]))
+        res.append((i, ids, ks[:free])); free -= len(ks[:free])
+    return res
+
+def out_of_memory(
+    e:Exception, # What torch raised
+)->bool:
+    "Is it for want of memory?"
+    return type(e).__name__=='OutOfMemoryError' or 'not enough memory' in str(e) or 'out of memory' in str(e)
+
 # %% ../nbs/01_llm.ipynb #e4784260
 @patch
 def generate(self:LLM,
@@ -334,29 +715,20 @@ def generate(self:LLM,
     n:int=1,      # Samples of each
     sampling:Sampling=Sampling(), # Settings
     seed:int=42,  # A row depends on (seed, prompt, sample) only
-    batch_size:int=32, # Rows decoded together
+    batch_size:int=0, # Rows written together, at most; 0: as many as memory and the device make worth while
     progress:str='', # Label of a progress bar; empty: none
     on_batch=None, # Called with `[(index of prompt, sample, Completion)]` as answers are done
     have=(), # Pairs (index of prompt, sample) that are not to be written again
 )->list: # For each prompt a list of `n` `Completion`s; None where `have` has it
-    "Answer every prompt `n` times, in batches of similar length"
-    import torch
-    s, res = sampling, [[None]*n for _ in prompts]
-    ids = [self.encode(p, s.max_new_tokens) for p in prompts]
-    have = set(have)
-    order = sorted((i for i in range(len(prompts)) if any((i, k) not in have for k in range(n))), key=lambda i: len(ids[i]))
-    per = max(1, batch_size//n)
-    with bar(len(prompts)*n, progress, 'answer') as pbar:
-        for b in (order[i:i+per] for i in range(0, len(order), per)):
-            noise = torch.stack([row_noise(seed, prompts[i], k, s.max_new_tokens) for i in b for k in range(n)])
-            outs = [[] for _ in range(len(b)*n)]
-            for rows, ts in self.decode([ids[i] for i in b], noise, s, n):
-                for r,t in zip(rows, ts):
-                    outs[r].append(t)
-                    if t in self.stop or len(outs[r])==s.max_new_tokens: pbar.update()
-            done = [self.completion(o) for o in outs]
-            for j,i in enumerate(b): res[i] = [None if (i, k) in have else done[j*n+k] for k in range(n)]
-            if on_batch: on_batch([(i, k, c) for i in b for k,c in enumerate(res[i]) if c])
+    "Answer every prompt `n` times, shortest prompts first"
+    have, res, ready = set(have), [[None]*n for _ in prompts], []
+    jobs = [(i, [k for k in range(n) if (i, k) not in have]) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))]
+    with bar(sum(len(ks) for _,ks in jobs), progress, 'answer') as pbar:
+        for i,k,ids in self.write(prompts, [j for j in jobs if j[1]], sampling, seed, batch_size):
+            res[i][k] = self.completion(ids)
+            ready.append((i, k, res[i][k])); pbar.update()
+            if on_batch and len(ready)>=16: on_batch(ready); ready = []
+    if on_batch and ready: on_batch(ready)
     return res
 
 @patch
