@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .data import BadInput, hash01, nearest, read_json, write_json, write_jsonl, write_text
-from .llm import LLM, Sampling, bar, end_of_turn, merge_system, pad_right
+from .weights import merge_system
+from .llm import LLM, Sampling, bar, end_of_turn, pad_right
 from .candidates import prefix, repetition
 from .judge import damage, damages, good_replies, judge_rows, judge_texts, learned
 

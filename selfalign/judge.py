@@ -19,7 +19,8 @@ import json, math, random, re
 from pathlib import Path
 
 from .data import BadInput, nearest, read_json, read_table
-from .llm import LLM, Sampling, choice_ids, pad_left, resolve
+from .weights import resolve
+from .llm import LLM, Sampling, choice_ids, pad_left
 from .candidates import Partial, prefix, repetition
 
 # %% ../nbs/03_judge.ipynb #7fe961e0

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
 from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_replies, fingerprint, nearest, prepare, read_json, read_jsonl, repo_file, write_json, write_jsonl
-from .llm import Sampling, load, resolve
+from .weights import resolve
+from .llm import Sampling, load
 from .candidates import prefix, sample
 from .judge import anchors, audit, audit_table, criteria, find_audit, good_replies, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
 from .pairs import make_pairs, strategies
