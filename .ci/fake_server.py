@@ -21,6 +21,8 @@ class Fake(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         threading.Thread(target=self.serve_forever, args=(.05,), daemon=True).start()
 
+    def handle_error(self, request, client_address): pass  # a client that went away
+
     def logits(self, ids):
         with torch.inference_mode(): return self.llm.model(**pad_left([ids], 0, 'cpu'), use_cache=False).logits[0].float().log_softmax(-1)
 
@@ -61,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         s, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        if isinstance(body.get('prompt'), str):  # how many tokens is this? Neither counted nor hindered
+            return self.reply(dict(choices=[dict(text='', finish_reason='length')], usage=dict(prompt_tokens=len(s.llm.tok(body['prompt']).input_ids), completion_tokens=1)))
         with s.lock:
             n, s.asked, s.now = s.asked, s.asked+1, s.now+1
             s.most = max(s.most, s.now)
