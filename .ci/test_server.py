@@ -155,9 +155,20 @@ def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
     fake.fault = lambda n, body: 404 if 'prompt' in body else None
     s = quick(fake, folder)
     turns = [s.render(q) for q in questions]
+    with pytest.raises(BadInput, match='can answer but not grade'): quick(fake, folder).weigh(turns[:1], ['А'], digits)
     assert s.generate(turns, sampling=greedy)==llm.generate(turns, sampling=greedy)
     for go in (lambda: s.weigh(turns[:1], ['А'], digits), lambda: s.generate([turns[0]+'Да'], sampling=greedy)):
         with pytest.raises(BadInput, match='/v1/completions'): go()
+
+
+def test_an_interrupt_ends_it_and_keeps_what_is_done(fake, folder, ps, tmp_path):
+    fake.delay, kept = .05, []
+    def stop(batch):
+        kept.extend(batch)
+        raise KeyboardInterrupt
+    t = time.time()
+    with pytest.raises(KeyboardInterrupt): quick(fake, folder, concurrency=2).generate(ps*50, sampling=greedy, on_batch=stop)
+    assert kept and fake.asked<50 and time.time()-t<5
 
 
 # in a run

@@ -29,7 +29,6 @@ def api_url(
     if not host: raise BadInput(f'server {url!r}: must be an address such as http://127.0.0.1:8000')
     return u if u.endswith('/v1') else u+'/v1'
 
-# %% ../nbs/01a_server.ipynb #6a70d3f6
 class Turns(str):
     "Chat text that remembers the messages it was made of"
     messages = ()
@@ -198,8 +197,9 @@ def yields(self:Server,
 @patch
 def only_chat(self:Server,
     what:str, # Why
-)->bool:
+)->bool: # Is that new?
     "From now on answers come through the chat endpoint"
+    if self.chat: return False
     self.chat = True
     return notice(f'{self.url}: {what}; answers come through /v1/chat/completions, with the template of the server')
 
@@ -233,10 +233,10 @@ def from_thread(
             if last and last[1]: raise last[1]
             if last: return
     finally:
-        if t.is_alive() and 'loop' in hold: hold['loop'].call_soon_threadsafe(hold['task'].cancel)
+        try: hold['loop'].call_soon_threadsafe(hold['task'].cancel)
+        except (KeyError, RuntimeError): pass  # not begun yet, or at its end
         t.join()
 
-# %% ../nbs/01a_server.ipynb #4d29e567
 @patch
 async def work(self:Server,
     jobs, # Async functions of a client, in any iterable
@@ -327,7 +327,6 @@ def row_seed(
     "A seed that depends on the arguments only; 31 bits, which every server takes"
     return int.from_bytes(hashlib.sha256(f'{seed}|{sample}|{prompt}'.encode()).digest()[:4], 'big')>>1
 
-# %% ../nbs/01a_server.ipynb #7a16822f
 @patch
 def beyond(self:Server,
     s:Sampling, # Settings
@@ -446,6 +445,7 @@ def reading(self:Server,
     cids:list, # Token ids of the completion
 )->tuple: # As `ask` wants it
     "The request for the log-probabilities of a given completion"
+    self.need_text()
     return ('completions', dict(model=self.name, prompt=[*pids, *cids], max_tokens=1, temperature=0, echo=True, logprobs=1),
             dict(return_tokens_as_token_ids=True), partial(self.read_given, len(pids), cids))
 
@@ -461,9 +461,7 @@ def logprobs(self:Server,
     end, res = end_of_turn(self), [None]*len(prompts)
     cids = [self.encode(c, self.window//2)+[end] for c in completions]
     pids = [self.encode(p, len(c)+1) for p,c in zip(prompts, cids)]
-    async def job(i, client):
-        self.need_text()
-        return await self.ask(client, partial(self.reading, pids[i], cids[i]))
+    async def job(i, client): return await self.ask(client, partial(self.reading, pids[i], cids[i]))
     def got(batch):
         for i,xs in batch: res[i] = np.array(xs, dtype=np.float32)
     self.each((partial(job, i) for i in range(len(pids))), len(pids), got, progress)
@@ -494,6 +492,7 @@ def next_token(self:Server,
     only:list=None, # May write nothing but one of these words
 )->tuple: # As `ask` wants it
     "The request for the log-probabilities of the token after a text"
+    self.need_text()
     extra = dict(logprob_token_ids=cid) if only is None else dict(structured_outputs=dict(choice=only))
     return ('completions', dict(model=self.name, prompt=ids, max_tokens=1, temperature=0, logprobs=self.top),
             dict(extra, return_tokens_as_token_ids=True, repetition_penalty=1.), partial(self.read_next, cid))
@@ -506,7 +505,6 @@ async def digits_after(self:Server,
     choices:list, # Their words
 )->list: # A probability for each
     "Absolute probabilities of the choices after a text"
-    self.need_text()
     got = await self.ask(client, partial(self.next_token, ids, cid))
     if len(got)<len(cid) and 'structured_outputs' not in self.refused:
         among = await self.ask(client, partial(self.next_token, ids, cid, choices))
