@@ -117,7 +117,7 @@ def sample(
     part.keep(lambda r: got[r['prompt_id'], r['prompt']]==n)
     def done(batch):
         part.add([dict(prompt_id=todo[i]['prompt_id'], sample=k, prompt=todo[i]['prompt'], completion=c.text, n_tokens=c.n_tokens,
-                       finished=c.finished, model=label or llm.name, seed=seed) for i,cs in batch for k,c in enumerate(cs)])
+                       finished=c.finished, model=label or llm.name, seed=seed) for i,k,c in batch])
     llm.generate([llm.render(r['prompt'], system) for r in todo], n, sampling, seed, batch_size, progress, done)
     place = {r['prompt_id']: i for i,r in enumerate(rows)}
     return part.finish(lambda r: (place[r['prompt_id']], r['sample']) if r['prompt_id'] in place else None)

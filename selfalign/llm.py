@@ -336,13 +336,15 @@ def generate(self:LLM,
     seed:int=42,  # A row depends on (seed, prompt, sample) only
     batch_size:int=32, # Rows decoded together
     progress:str='', # Label of a progress bar; empty: none
-    on_batch=None, # Called with `[(index of prompt, its completions)]` as soon as a batch is done
-)->list: # For each prompt a list of `n` `Completion`s
+    on_batch=None, # Called with `[(index of prompt, sample, Completion)]` as answers are done
+    have=(), # Pairs (index of prompt, sample) that are not to be written again
+)->list: # For each prompt a list of `n` `Completion`s; None where `have` has it
     "Answer every prompt `n` times, in batches of similar length"
     import torch
-    s, res = sampling, [None]*len(prompts)
+    s, res = sampling, [[None]*n for _ in prompts]
     ids = [self.encode(p, s.max_new_tokens) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    have = set(have)
+    order = sorted((i for i in range(len(prompts)) if any((i, k) not in have for k in range(n))), key=lambda i: len(ids[i]))
     per = max(1, batch_size//n)
     with bar(len(prompts)*n, progress, 'answer') as pbar:
         for b in (order[i:i+per] for i in range(0, len(order), per)):
@@ -353,8 +355,8 @@ def generate(self:LLM,
                     outs[r].append(t)
                     if t in self.stop or len(outs[r])==s.max_new_tokens: pbar.update()
             done = [self.completion(o) for o in outs]
-            for j,i in enumerate(b): res[i] = done[j*n:j*n+n]
-            if on_batch: on_batch([(i, res[i]) for i in b])
+            for j,i in enumerate(b): res[i] = [None if (i, k) in have else done[j*n+k] for k in range(n)]
+            if on_batch: on_batch([(i, k, c) for i in b for k,c in enumerate(res[i]) if c])
     return res
 
 @patch
