@@ -387,16 +387,18 @@ def generate(self:Server,
     seed:int=42, # A row's own seed depends on (seed, prompt, sample) only
     batch_size:int=0, # Not used: the server makes its batches
     progress:str='', # Label of a progress bar; empty: none
-    on_batch=None, # Called with `[(index of prompt, its completions)]` as soon as prompts have all their samples
-)->list: # For each prompt a list of `n` `Completion`s
+    on_batch=None, # Called with `[(index of prompt, sample, Completion)]` as answers are done
+    have=(), # Pairs (index of prompt, sample) that are not to be written again
+)->list: # For each prompt a list of `n` `Completion`s; None where `have` has it
     "Answer every prompt `n` times"
-    ids, res = [self.encode(p, sampling.max_new_tokens) for p in prompts], [[None]*n for _ in prompts]
+    ids, res, have = [self.encode(p, sampling.max_new_tokens) for p in prompts], [[None]*n for _ in prompts], set(have)
+    todo = [(i, k) for i in range(len(ids)) for k in range(n) if (i, k) not in have]
     def job(i, k): return lambda client: self.ask(client, partial(self.writing, prompts[i], ids[i], sampling, row_seed(seed, prompts[i], k)))
     def got(batch):
-        for j,c in batch: res[j//n][j%n] = c
-        done = [(i, res[i]) for i in dict.fromkeys(j//n for j,_ in batch) if None not in res[i]]
-        if done and on_batch: on_batch(done)
-    self.each((job(i, k) for i in range(len(ids)) for k in range(n)), len(ids)*n, got, progress)
+        done = [(*todo[j], c) for j,c in batch]
+        for i,k,c in done: res[i][k] = c
+        if on_batch: on_batch(done)
+    self.each((job(i, k) for i,k in todo), len(todo), got, progress)
     return res
 
 # %% ../nbs/01a_server.ipynb #ee7f44a7
