@@ -195,6 +195,16 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
     assert len(err)==2 and 'no server answers there' in err[1]
 
 
+def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
+    import selfalign.run as run_
+    asked = []
+    monkeypatch.setattr(run_, 'audit', lambda llm, *a, **k: asked.append(llm) or {})
+    assert main(['audit', '--model', str(folder), '--server', fake.url, '--json'])==0
+    assert isinstance(asked[0], Server) and asked[0].name=='tiny'
+    assert main(['audit', '--model', str(folder), '--server', fake.url, '--adapter', str(tmp_path)])==2
+    assert 'merge --adapter' in capsys.readouterr().err
+
+
 # a real one
 
 @pytest.fixture(scope='module')

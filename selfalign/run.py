@@ -684,7 +684,7 @@ def cmd_audit(
     if json: print(to_json(res)); return
     print(audit_table({mode: res}).to_string())
     for who in ('people', 'author'):
-        if who in res: print(f'\nagrees with {res[who]["whose"]} in {res[who]["agreement"]:.2f} of {res[who]["n"]} pairs ({res[who]["ci"][0]:.2f} to {res[who]["ci"][1]:.2f}); longest wins {res[who]["longest_wins"]:.2f}, shortest wins {res[who]["shortest_wins"]:.2f}')
+        if who in res and res[who]['agreement'] is not None: print(f'\nagrees with {res[who]["whose"]} in {res[who]["agreement"]:.2f} of {res[who]["n"]} pairs ({res[who]["ci"][0]:.2f} to {res[who]["ci"][1]:.2f}); longest wins {res[who]["longest_wins"]:.2f}, shortest wins {res[who]["shortest_wins"]:.2f}')
     print('\n'+'\n'.join(res['said'] or ['blind to none of these damages']))
 
 def audit_data(
