@@ -1,7 +1,7 @@
 """`Server` against a well-behaved server, against one that misbehaves, and against a real vLLM where one is there.
 
-The first two run on loopback over a tiny random model. For the third: `python .ci/vllm.py`, then
-`SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/vllm.py --stop`."""
+The first two run on loopback over a tiny random model. For the third: `python .ci/serve_vllm.py`, then
+`SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/serve_vllm.py --stop`."""
 import asyncio, json, os, sys, time
 from pathlib import Path
 
@@ -210,7 +210,7 @@ def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope='module')
 def real():
     url = os.environ.get('SELFALIGN_TEST_SERVER')
-    if not url: pytest.skip('no vLLM to test against: start one with `python .ci/vllm.py` and set SELFALIGN_TEST_SERVER to the URL it prints')
+    if not url: pytest.skip('no vLLM to test against: start one with `python .ci/serve_vllm.py` and set SELFALIGN_TEST_SERVER to the URL it prints')
     qs = [r['prompt'] for r in load_instructions('embedded')[0] if r['split']=='test'][:8]
     return Server(url, 'embedded'), load('embedded', device='cpu'), qs
 

@@ -1,4 +1,4 @@
-"""A real vLLM on loopback, with no GPU, to test `Server` against: `python .ci/vllm.py`, and `python .ci/vllm.py --stop` afterwards.
+"""A real vLLM on loopback, with no GPU, to test `Server` against: `python .ci/serve_vllm.py`, and `python .ci/serve_vllm.py --stop` afterwards.
 
 The first time it makes a virtual environment of its own (`--venv`; 3 GB, some minutes) and writes the model, adapters merged, as an ordinary
 folder. Then it starts the server, waits until it is ready and prints its URL; the log lies beside it. The tests find it by an environment variable:
