@@ -22,6 +22,7 @@ from fastcore.script import Param, anno_parser, store_true
 from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_replies, fingerprint, nearest, prepare, read_json, read_jsonl, repo_file, write_json, write_jsonl
 from .weights import resolve
 from .llm import Sampling, load
+from .server import Server
 from .candidates import prefix, sample
 from .judge import anchors, audit, audit_table, criteria, find_audit, good_replies, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
 from .pairs import make_pairs, strategies
@@ -37,6 +38,10 @@ keys = { # key: (default, lowest, highest, what it is)
     'data':          ('embedded', None, None, 'instructions: embedded, a hub id, a .csv, .json, .jsonl, .jsonl.gz or .parquet file'),
     'device':        ('', None, None, 'cuda, cuda:1, mps or cpu; empty: the best there is'),
     'dtype':         ('', ['', 'float32', 'bfloat16', 'float16'], None, 'precision of the weights; empty: what suits the device'),
+    'server':        ('', None, None, 'address of an OpenAI-compatible server that serves the model, such as http://127.0.0.1:8000; empty: this machine'),
+    'served':        ('', None, None, 'the name the server gives it; empty: the one it serves'),
+    'concurrency':   (32, 1, 4096, 'most requests to the server at once'),
+    'timeout':       (300., 1., 86400., 'seconds a request may take'),
     'lang':          ('ru', None, None, 'language of the instructions'),
     'limit':         (0, 0, None, 'use at most so many instructions, training and held-out together; 0: all'),
     'max_chars':     (1000, 20, None, 'longest instruction, in characters'),
@@ -209,7 +214,7 @@ class Run:
         self.file = self.data/'run.json'
         self.record = read_json(self.file) if self.file.exists() else {}
         if not isinstance(self.record, dict): raise BadInput(f'{self.file}: not a record of a run; remove it')
-        self.llm, self.frozen, self.resume = None, None, True
+        self.llm, self.frozen, self.far, self.resume = None, None, None, True
         mine = self.models.resolve()
         if any(Path(p).resolve()==mine for p in (recipe['model'], *resolve(recipe['model'])[1])):
             raise BadInput(f'{self.models}: this run would overwrite the model it starts from; give the recipe another name')
@@ -225,12 +230,19 @@ class Run:
         if self.llm is None: self.llm = self.load()
         return self.llm
 
+    def writer(self):
+        "Who speaks for the model before training: the recipe's server, or the model itself"
+        r = self.r
+        if not r['server']: return self.model()
+        if self.far is None: self.far = Server(r['server'], r['model'], r['served'], r['concurrency'], r['timeout'])
+        return self.far
+
     @property
     def judge_name(self): return self.r['judge_model'] or self.r['model']
 
     def judge(self):
         "The frozen judge: the model itself unless the recipe names another"
-        if not self.r['judge_model']: return self.model()
+        if not self.r['judge_model']: return self.writer()
         if self.frozen is None: self.frozen = self.load(model=self.r['judge_model'])
         return self.frozen
 
@@ -258,6 +270,7 @@ class Run:
                 raise BadInput(f'{self.path(f)}: no such file; run `selfalign {maker}` first')
         parts = {k: self.r[k] for k in names.split()} | {f: fingerprint(self.path(f)) for f in reads} | ({'weights': model_key(self.r['model'])} if uses else {})
         if 'judge' in names.split(): parts.update(anchors=anchors, mix=self.judging()['mix'], frozen=model_key(self.judge_name))
+        if self.r['server'] and (step in ('candidates', 'reference') or (step in ('judge', 'evaluate') and not self.r['judge_model'])): parts['served'] = self.r['served'] or self.writer().name
         if step in asked: parts['rows'] = hashlib.sha256(json.dumps([[r['prompt_id'], r['prompt']] for r in asked[step](self)], ensure_ascii=False).encode()).hexdigest()
         if step=='data':
             source = repo_file(EMBEDDED) if self.r['data']=='embedded' else Path(self.r['data'])
@@ -342,8 +355,8 @@ def do_candidates(run):
     "Ask the training instructions `samples` times"
     r, rows = run.r, train_rows(run)
     s = Sampling(r['temperature'], r['top_k'], r['top_p'], r['repetition_penalty'], r['max_new_tokens'])
-    out = sample(rows, run.model(), run.data/'candidates.jsonl', r['samples'], s, r['system'], r['seed'], r['batch_size'], 'candidates')
-    return {'in': len(rows), 'out': len(out), 'finished': sum(c['finished'] for c in out), 'tokens': sum(c['n_tokens'] for c in out), 'model': run.model().fingerprint(), 'cut': run.model().n_cut}
+    out = sample(rows, run.writer(), run.data/'candidates.jsonl', r['samples'], s, r['system'], r['seed'], r['batch_size'], 'candidates')
+    return {'in': len(rows), 'out': len(out), 'finished': sum(c['finished'] for c in out), 'tokens': sum(c['n_tokens'] for c in out), 'model': run.writer().fingerprint(), 'cut': run.writer().n_cut}
 
 def do_judge(run):
     "Grade the candidates; warn where the judge's audit says not to believe it"
@@ -352,9 +365,10 @@ def do_judge(run):
     told, before = find_audit(run.judge_name), llm.n_cut
     exam = {told['mode']: told, **told.get('voices', {})}.get(run.r['judge']) if told and told['fingerprint']==llm.fingerprint() else None
     if exam: doubts = near_chance(exam, how['weights'])
-    else: doubts = [f'nobody has audited this judge ({run.r["judge"]}); `selfalign audit --model {run.judge_name} --mode {run.r["judge"]}` says how far it can be believed']
+    else: doubts = [f'nobody has audited this judge ({run.r["judge"]}); `selfalign audit --model {run.judge_name} --mode {run.r["judge"]}{" --server "+run.r["server"] if llm is run.far else ""}` says how far it can be believed']
     for s in doubts: say(f'            warning: {s}')
-    out = grade(rows, llm, run.data/'scores.jsonl', run.r['judge'], run.r['system'], progress='judge', **how)
+    chunk = 4*run.r['concurrency'] if llm is run.far else 64  # enough to keep a server busy
+    out = grade(rows, llm, run.data/'scores.jsonl', run.r['judge'], run.r['system'], chunk, 'judge', **how)
     n, cut = sum(r['score'] is None for r in out), llm.n_cut-before
     if n: say(f'            {n} of {len(out)} answers got no grade; they are not used')
     if cut: say(f'            {cut} texts were longer than the model\'s window and lost their middle')
@@ -409,7 +423,11 @@ def ask(run, label, llm):
 
 def do_reference(run):
     "The model's own answers to the held-out instructions"
-    out = ask(run, 'reference', run.model())
+    llm = run.writer()
+    if llm is run.far and not llm.fair(answering(run.r)):
+        say('            on this machine: with a repetition penalty the server would write longer answers than the trained model may')
+        llm = run.model()
+    out = ask(run, 'reference', llm)
     return {'in': len(out), 'out': len(out)}
 
 def do_answer(run):
@@ -508,7 +526,7 @@ def more_rounds(
     start, before, rows = graded(first)[0], first, []
     for k in range(1, first.r['rounds']+1):
         if k>1:
-            run = make(name=f'{first.r["name"]}.round{k}', model=str(before.models), judge_model=first.judge_name)
+            run = make(name=f'{first.r["name"]}.round{k}', model=str(before.models), judge_model=first.judge_name, server='')
             if fresh: run.forget()
             run_all(run)
             print(summary(run))
@@ -572,11 +590,12 @@ def cmd_run(
     model:str=None, # Model to align: embedded, a hub id, a folder, a .gguf file
     limit:int=None, # Use at most so many instructions
     seed:int=None, # Of sampling and training
+    server:str=None, # Address of an OpenAI-compatible server that answers and grades
     set:str=None, # Other keys of the recipe, such as "rounds=2 n_test=128"
     fresh:store_true=False, # Begin anew instead of going on where it stopped
 ):
     "The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate"
-    over = overs(set, recipe, data=data, model=model, limit=limit, seed=seed)
+    over = overs(set, recipe, data=data, model=model, limit=limit, seed=seed, server=server)
     run = run_all(Run(read_recipe(recipe, **over), root), fresh)
     print(summary(run))
     if run.r['rounds']>1: print(drift_said(more_rounds(run, lambda **kw: Run(read_recipe(recipe, **{**over, **kw}), root), fresh)))
@@ -594,8 +613,9 @@ def step_command(
         model:str=None, # Model to align, as for run
         limit:int=None, # Use at most so many instructions
         seed:int=None, # Of sampling and training
+        server:str=None, # Server that answers and grades, as for run
         set:str=None, # Other keys of the recipe, as for run
-    ): Run(read_recipe(recipe, **overs(set, recipe, data=data, model=model, limit=limit, seed=seed)), root).step(step, force=True)
+    ): Run(read_recipe(recipe, **overs(set, recipe, data=data, model=model, limit=limit, seed=seed, server=server)), root).step(step, force=True)
     cmd.__doc__ = f'Only the step {step}: writes {steps[step][0]}'
     return cmd
 def cmd_dpo(
@@ -649,11 +669,14 @@ def cmd_audit(
     json:store_true=False, # Print the whole audit as JSON and nothing else
     device:str=None, # cuda, mps or cpu; the best there is unless given
     dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
+    server:str=None, # Address of an OpenAI-compatible server that serves the judge
+    served:str='', # The name the server gives it; the one it serves unless given
 ):
     "How far can a judge be believed? Damaged answers, and people's verdicts"
     people, whose = (read_pairs(pairs)[0], 'people') if pairs else (None, '')
     good, ranked, made_up = audit_data(data, limit, seed)
-    llm = load(model, adapter, device, dtype)
+    if server and adapter: raise BadInput('audit: a server has weights of its own; merge --adapter and serve the result')
+    llm = Server(server, model, served) if server else load(model, adapter, device, dtype)
     if people is None and ranked: people, whose = ranked, 'the author of the data set, not people' if made_up else 'people'
     res = audit(llm, good, mode, seen_damages(model, adapter), people, whose, seed, progress='' if json else 'audit')
     for e in (res, *res.get('voices', {}).values()):
@@ -662,7 +685,7 @@ def cmd_audit(
     if json: print(to_json(res)); return
     print(audit_table({mode: res}).to_string())
     for who in ('people', 'author'):
-        if who in res: print(f'\nagrees with {res[who]["whose"]} in {res[who]["agreement"]:.2f} of {res[who]["n"]} pairs ({res[who]["ci"][0]:.2f} to {res[who]["ci"][1]:.2f}); longest wins {res[who]["longest_wins"]:.2f}, shortest wins {res[who]["shortest_wins"]:.2f}')
+        if who in res and res[who]['agreement'] is not None: print(f'\nagrees with {res[who]["whose"]} in {res[who]["agreement"]:.2f} of {res[who]["n"]} pairs ({res[who]["ci"][0]:.2f} to {res[who]["ci"][1]:.2f}); longest wins {res[who]["longest_wins"]:.2f}, shortest wins {res[who]["shortest_wins"]:.2f}')
     print('\n'+'\n'.join(res['said'] or ['blind to none of these damages']))
 
 def audit_data(

@@ -1,0 +1,96 @@
+"""A server that speaks OpenAI's protocol on loopback, with any `LLM` behind it, to test `Server` against. It misbehaves on request.
+
+`fault(n, body)` says what happens to the n-th request: None (an answer), a status (with `Retry-After` for 429), or one of
+`hang`, `cut` (the connection breaks inside the reply), `garbage` (no JSON), `empty` (no choices), `wrong` (wrong types), `nologprobs`."""
+import json, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from selfalign.llm import Sampling, pad_left, row_noise
+
+
+class Fake(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, llm, name='tiny', knows=('logprob_token_ids', 'structured_outputs'), delay=0.):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.llm, self.name, self.knows, self.delay, self.fault, self.strict = llm, name, knows, delay, None, ()
+        self.asked = self.now = self.most = 0
+        self.bodies, self.lock, self.model = [], threading.Lock(), threading.Lock()
+        self.url = f'http://127.0.0.1:{self.server_address[1]}'
+        threading.Thread(target=self.serve_forever, args=(.05,), daemon=True).start()
+
+    def handle_error(self, request, client_address): pass  # a client that went away
+
+    def logits(self, ids):
+        with torch.inference_mode(): return self.llm.model(**pad_left([ids], 0, 'cpu'), use_cache=False).logits[0].float().log_softmax(-1)
+
+    def answer(self, body, ids):
+        "Text, tokens and end of an answer; greedy or by the seed"
+        s = Sampling(body['temperature'], max(0, body.get('top_k') or 0), body['top_p'], body.get('repetition_penalty') or 1., body['max_tokens'])
+        out = [t for _,(t,) in self.llm.decode([ids], row_noise(body['seed'], '', 0, s.max_new_tokens)[None], s)]
+        c = self.llm.completion(out)
+        return c.text, dict(finish_reason='stop' if c.finished else 'length'), c.n_tokens
+
+    def weighed(self, body, ids):
+        "One more token with its log-probabilities, after the repeated prompt if `echo` asks for that"
+        t, lp = (lambda i: f'token_id:{i}') if body.get('return_tokens_as_token_ids') else (lambda i: self.llm.tok.decode([i])), self.logits(ids)
+        last, only = lp[-1], body.get('structured_outputs', {}).get('choice') if 'structured_outputs' in self.knows else None
+        if only:
+            keep = [self.llm.tok(c, add_special_tokens=False).input_ids[0] for c in only]
+            last = torch.full_like(last, -torch.inf).index_copy(0, torch.tensor(keep), last[keep].log_softmax(-1))
+        best = body['logprob_token_ids'] if 'logprob_token_ids' in self.knows and body.get('logprob_token_ids') else last.topk(body['logprobs']).indices.tolist()
+        tops = {t(i): last[i].item() for i in best if last[i]>-torch.inf}
+        before = [None, *lp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()] if body.get('echo') else []
+        new = last.argmax().item()
+        return dict(tokens=[*map(t, ids if before else []), t(new)], token_logprobs=[*before, last[new].item()], top_logprobs=[*[{}]*len(before), tops])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *a): pass
+
+    def reply(self, o, code=200, **headers):
+        data = o if isinstance(o, bytes) else json.dumps(o).encode()
+        self.send_response(code)
+        for k,v in {'Content-Type': 'application/json', 'Content-Length': str(len(data)), **headers}.items(): self.send_header(k, v)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply(dict(object='list', data=[dict(id=self.server.name, object='model', owned_by='vllm', max_model_len=2048)]) if self.path=='/v1/models' else {}, 200 if self.path=='/v1/models' else 404)
+
+    def do_POST(self):
+        s, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        if isinstance(body.get('prompt'), str):  # how many tokens is this? Neither counted nor hindered
+            return self.reply(dict(choices=[dict(text='', finish_reason='length')], usage=dict(prompt_tokens=len(s.llm.tok(body['prompt']).input_ids), completion_tokens=1)))
+        with s.lock:
+            n, s.asked, s.now = s.asked, s.asked+1, s.now+1
+            s.most = max(s.most, s.now)
+            s.bodies.append(body)
+        fault = s.fault(n, body) if s.fault else None
+        try: self.misbehave(fault) if fault and fault!='nologprobs' else self.behave(s, body, fault)
+        except (BrokenPipeError, ConnectionResetError): pass
+        finally:
+            with s.lock: s.now -= 1
+
+    def misbehave(self, fault):
+        if isinstance(fault, int): return self.reply(dict(error=dict(message=f'told to say {fault}')), fault, **({'Retry-After': '0.3'} if fault==429 else {}))
+        if fault=='hang': time.sleep(3)
+        elif fault=='cut':
+            self.send_response(200); self.send_header('Content-Length', '1000'); self.end_headers()
+            self.wfile.write(b'{"choices": [')
+        else: return self.reply(dict(garbage=b'<html>Bad gateway</html>', empty=dict(choices=[]), wrong=dict(choices=[dict(text=7, finish_reason=None, logprobs=dict(top_logprobs=['x'], token_logprobs='no'))]))[fault])
+        self.close_connection = True
+
+    def behave(self, s, body, fault):
+        time.sleep(s.delay)
+        named = [k for k in s.strict if k in body]
+        if named: return self.reply(dict(error=dict(message=f'Extra inputs are not permitted: {", ".join(named)}')), 400)
+        chat = self.path=='/v1/chat/completions'
+        ids = s.llm.tok(s.llm.tok.apply_chat_template(body['messages'], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids if chat else body['prompt']
+        with s.model:
+            if body.get('logprobs') is not None: txt, more, k = '?', dict(finish_reason='length', logprobs=None if fault=='nologprobs' else s.weighed(body, ids)), 1
+            else: txt, more, k = s.answer(body, ids)
+        self.reply(dict(choices=[dict(message=dict(role='assistant', content=txt), **more) if chat else dict(text=txt, **more)], usage=dict(prompt_tokens=len(ids), completion_tokens=k)))

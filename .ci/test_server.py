@@ -1,0 +1,239 @@
+"""`Server` against a well-behaved server, against one that misbehaves, and against a real vLLM where one is there.
+
+The first two run on loopback over a tiny random model. For the third: `python .ci/serve_vllm.py`, then
+`SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/serve_vllm.py --stop`."""
+import asyncio, json, os, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_server import Fake
+from selfalign.candidates import prefix, sample
+from selfalign.data import BadInput, load_instructions, read_jsonl
+from selfalign.judge import digits, expected, grade, joint, judge_texts
+from selfalign.llm import Sampling, load, tiny
+from selfalign.run import Run, main, read_recipe
+from selfalign.server import Server
+
+greedy = Sampling(temperature=0, repetition_penalty=1., max_new_tokens=10)
+said = ['да, конечно', 'Рассеяние света.', 'Красный и синий.', 'Я.']
+questions = ['Привет!', 'Почему небо голубое?', 'Назови три цвета.', 'А']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tiny(tmp_path_factory.mktemp('server')/'tiny')
+
+
+@pytest.fixture(scope='module')
+def llm(folder): return load(folder, device='cpu')
+
+
+@pytest.fixture
+def fake(llm):
+    f = Fake(llm)
+    yield f
+    f.shutdown()
+
+
+@pytest.fixture
+def ps(llm): return [llm.render(q, prefix) for q in questions]
+
+
+def quick(fake, folder, **kw): return Server(fake.url, folder, **{'pause': .02, 'timeout': 10., **kw})
+
+
+# a well-behaved server
+
+def test_same_numbers(fake, folder, llm, ps):
+    s, heads, tails = quick(fake, folder), [judge_texts(llm, q, a)[0] for q,a in zip(questions, said)], judge_texts(llm, '', '')[1]
+    assert s.generate(ps, 2, greedy)==llm.generate(ps, 2, greedy)
+    assert np.allclose(s.weigh(heads, tails, digits), llm.weigh(heads, tails, digits), atol=1e-4)
+    for a,b in zip(s.logprobs(ps, said), llm.logprobs(ps, said)): assert np.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize('knows', [(), ('structured_outputs',), ('logprob_token_ids',)])
+def test_digits_are_absolute_whatever_the_server_knows(fake, folder, llm, knows):
+    fake.knows = knows
+    heads, tails = [judge_texts(llm, 'Кто ты?', 'Модель.')[0]], judge_texts(llm, '', '')[1]
+    got, want = quick(fake, folder).weigh(heads, tails, digits), llm.weigh(heads, tails, digits)
+    listed = got>0
+    assert listed.all() if knows else listed.mean()<1  # 20 of the words: what they do not list counts as nothing
+    assert np.allclose(got[listed], want[listed], atol=1e-4)
+
+
+def test_rows_have_seeds_of_their_own(fake, folder, ps):
+    s, warm = quick(fake, folder), Sampling(max_new_tokens=8)
+    a = s.generate(ps, 3, warm, seed=1)
+    assert s.generate(ps[2:], 3, warm, seed=1)==a[2:] and s.generate(ps, 3, warm, seed=2)!=a
+    assert len({b['seed'] for b in fake.bodies[:12]})==12
+
+
+def test_grades_as_here(fake, folder, llm, tmp_path):
+    rows = [dict(prompt_id=str(i), sample=0, prompt=q, completion=a) for i,(q,a) in enumerate(zip(questions, said))]
+    a, b = (grade(rows, m, tmp_path/f'{i}.jsonl', 'mix') for i,m in enumerate((quick(fake, folder), llm)))
+    assert [r['score'] for r in a]==pytest.approx([r['score'] for r in b], abs=1e-3)
+    assert len(joint(rows[:2], quick(fake, folder), sampling=greedy))==2
+
+
+def test_works_where_a_loop_is_running(fake, folder, llm, ps):
+    async def notebook(): return quick(fake, folder).generate(ps, sampling=greedy)
+    assert asyncio.run(notebook())==llm.generate(ps, sampling=greedy)
+
+
+def test_never_more_at_once_than_allowed(fake, folder, ps):
+    fake.delay = .02
+    quick(fake, folder, concurrency=3).generate(ps*4, sampling=greedy)
+    assert fake.most==3
+
+
+# one that misbehaves
+
+@pytest.mark.parametrize('fault', [500, 503, 429, 'cut', 'garbage', 'empty', 'wrong'])
+def test_asks_again(fake, folder, llm, ps, fault):
+    fake.fault = lambda n, body: fault if n%3==0 else None
+    s, t = quick(fake, folder, tries=8), time.time()
+    assert s.generate(ps, sampling=greedy)==llm.generate(ps, sampling=greedy)
+    if fault==429: assert time.time()-t>.3  # it said Retry-After: 0.3
+    assert np.allclose(s.weigh([ps[0]], ['А'], digits), llm.weigh([ps[0]], ['А'], digits), atol=1e-4)
+
+
+def test_hangs(fake, folder, llm, ps):
+    fake.fault = lambda n, body: 'hang' if n==0 else None
+    t = time.time()
+    assert quick(fake, folder, timeout=1.).generate(ps[:2], sampling=greedy)==llm.generate(ps[:2], sampling=greedy)
+    assert time.time()-t<3
+
+
+def test_what_is_done_is_on_disk_and_not_asked_again(fake, folder, tmp_path):
+    rows = [dict(prompt_id=str(i), prompt=q) for i,q in enumerate(questions)]
+    s, bad = quick(fake, folder, tries=2), quick(fake, folder).encode(quick(fake, folder).render(questions[1], prefix))
+    fake.fault = lambda n, body: 500 if body['prompt']==bad else None
+    with pytest.raises(BadInput, match=r'6 of 8 requests answered, 2 failed \(2 x status 500.*same command'): sample(rows, s, tmp_path/'c.jsonl', 2, greedy)
+    part = (tmp_path/'c.jsonl.part').read_text().splitlines()[1:]
+    assert {json.loads(l)['prompt_id'] for l in part}=={'0', '2', '3'} and len(part)==6
+    fake.fault, fake.bodies = None, []
+    assert len(sample(rows, s, tmp_path/'c.jsonl', 2, greedy))==8
+    assert [b['prompt'] for b in fake.bodies]==[bad, bad]
+
+
+def test_a_server_that_is_gone_is_not_asked_for_ever(fake, folder, ps):
+    s = quick(fake, folder, tries=2, concurrency=4)
+    fake.fault = lambda n, body: 503
+    with pytest.raises(BadInput, match='not sent any more'): s.generate(ps*20, sampling=greedy)
+    assert fake.asked<=2*12
+
+
+def test_nobody_listens(folder):
+    with pytest.raises(BadInput, match='http://127.0.0.1:9/v1: no server answers there'): Server('http://127.0.0.1:9', folder)
+
+
+def test_another_model_is_noticed(fake):
+    with pytest.raises(BadInput, match='another model'): Server(fake.url, 'embedded')
+
+
+def test_a_wrong_key_stops_at_once(fake, folder, ps):
+    fake.fault = lambda n, body: 401
+    with pytest.raises(BadInput, match='OPENAI_API_KEY'): quick(fake, folder).generate(ps, sampling=greedy)
+
+
+def test_settings_it_does_not_know_are_left_out_and_said(fake, folder, ps, capsys):
+    fake.strict = ('top_k', 'stop_token_ids')
+    assert len(quick(fake, folder).generate(ps*3, sampling=greedy))==12
+    assert capsys.readouterr().err.count('does not know stop_token_ids, top_k; going on without')==1
+
+
+def test_no_logprobs_is_refused_in_one_line(fake, folder, llm, ps):
+    fake.fault = lambda n, body: 'nologprobs'
+    for go in (lambda s: s.weigh(ps[:1], ['А'], digits), lambda s: s.logprobs(ps, said)):
+        with pytest.raises(BadInput, match='can answer but not grade.*judge_model.*vllm serve') as e: go(quick(fake, folder))
+        assert '\n' not in str(e.value)
+
+
+def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
+    fake.fault = lambda n, body: 404 if 'prompt' in body else None
+    s = quick(fake, folder)
+    turns = [s.render(q) for q in questions]
+    with pytest.raises(BadInput, match='can answer but not grade'): quick(fake, folder).weigh(turns[:1], ['А'], digits)
+    assert s.generate(turns, sampling=greedy)==llm.generate(turns, sampling=greedy)
+    for go in (lambda: s.weigh(turns[:1], ['А'], digits), lambda: s.generate([turns[0]+'Да'], sampling=greedy)):
+        with pytest.raises(BadInput, match='/v1/completions'): go()
+
+
+def test_an_interrupt_ends_it_and_keeps_what_is_done(fake, folder, ps, tmp_path):
+    fake.delay, kept = .05, []
+    def stop(batch):
+        kept.extend(batch)
+        raise KeyboardInterrupt
+    t = time.time()
+    with pytest.raises(KeyboardInterrupt): quick(fake, folder, concurrency=2).generate(ps*50, sampling=greedy, on_batch=stop)
+    assert kept and fake.asked<50 and time.time()-t<5
+
+
+# in a run
+
+def test_a_run_asks_the_server_and_reads_no_weights(fake, folder, tmp_path, monkeypatch):
+    import selfalign.run as run_
+    def never(*a, **k): raise AssertionError('weights were read')
+    monkeypatch.setattr(run_, 'load', never)
+    over = dict(model=str(folder), server=fake.url, limit=8, n_prompts=3, samples=2, max_new_tokens=6, n_test=2, judge='mix', answer_repetition_penalty=1.)
+    run = Run(read_recipe('quickstart', **over), tmp_path)
+    for step in ('data', 'candidates', 'judge', 'reference'): assert run.step(step)
+    assert {r['model'] for r in read_jsonl(run.data/'candidates.jsonl')}=={'tiny'} and fake.asked>0
+    again = Run(read_recipe('quickstart', **over, concurrency=4, timeout=9.), tmp_path)  # neither is part of a step's key
+    assert not any(again.step(s) for s in ('data', 'candidates', 'judge', 'reference'))
+    here = Run(read_recipe('quickstart', **{**over, 'server': ''}), tmp_path)
+    assert here.key('candidates')!=run.key('candidates')
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
+    assert main(['candidates', 'quickstart', '--server', 'http://127.0.0.1:9', '--root', str(tmp_path)])==2
+    assert main(['data', 'quickstart', '--limit', '8', '--root', str(tmp_path)])==0
+    assert main(['candidates', 'quickstart', '--server', 'http://127.0.0.1:9', '--root', str(tmp_path)])==2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err)==2 and 'no server answers there' in err[1]
+
+
+def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
+    import selfalign.run as run_
+    asked = []
+    monkeypatch.setattr(run_, 'audit', lambda llm, *a, **k: asked.append(llm) or {})
+    assert main(['audit', '--model', str(folder), '--server', fake.url, '--json'])==0
+    assert isinstance(asked[0], Server) and asked[0].name=='tiny'
+    assert main(['audit', '--model', str(folder), '--server', fake.url, '--adapter', str(tmp_path)])==2
+    assert 'merge --adapter' in capsys.readouterr().err
+
+
+# a real one
+
+@pytest.fixture(scope='module')
+def real():
+    url = os.environ.get('SELFALIGN_TEST_SERVER')
+    if not url: pytest.skip('no vLLM to test against: start one with `python .ci/serve_vllm.py` and set SELFALIGN_TEST_SERVER to the URL it prints')
+    qs = [r['prompt'] for r in load_instructions('embedded')[0] if r['split']=='test'][:8]
+    return Server(url, 'embedded'), load('embedded', device='cpu'), qs
+
+
+def test_vllm_weighs_as_we_do(real):
+    s, llm, qs = real
+    heads, tails = [judge_texts(llm, q, 'Потому что так устроен мир.')[0] for q in qs[:4]], judge_texts(llm, '', '')[1]
+    want = llm.weigh(heads, tails, digits)
+    for refused in (set(), {'logprob_token_ids'}):
+        s.refused = refused
+        got = s.weigh(heads, tails, digits)
+        assert np.allclose(got, want, atol=1e-3) and np.allclose(expected(got)[0], expected(want)[0], atol=.01)
+
+
+def test_vllm_reads_as_we_do(real):
+    s, llm, qs = real
+    ps, texts = [s.render(q, prefix) for q in qs[:4]], ['Потому что так устроен мир.', 'Да.', 'Нет, это не так.', 'Не знаю']
+    for a,b in zip(s.logprobs(ps, texts), llm.logprobs(ps, texts)): assert np.allclose(a, b, atol=.01)
+
+
+def test_vllm_answers_as_we_do(real):
+    s, llm, qs = real
+    ps, g = [s.render(q, prefix) for q in qs], Sampling(temperature=0, repetition_penalty=1., max_new_tokens=24)
+    assert sum(a==b for a,b in zip(s.generate(ps, sampling=g), llm.generate(ps, sampling=g)))>=len(qs)-1  # a tie of two words may fall either way
+    warm = Sampling(max_new_tokens=12)
+    assert len({c.text for c in s.generate(ps[:1], 4, warm)[0]})>1
