@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['train_defaults', 'ref_columns', 'deserved', 'user_turn', 'to_trl', 'settings', 'trainer_args', 'lora', 'sharded',
-           'last_checkpoint', 'step_bar', 'answers_only', 'run_trainer', 'begin', 'train_dpo', 'plot_log', 'watch',
-           'answer_rows', 'judge_lessons', 'as_tokens', 'one_row', 'together', 'train_sft', 'halve', 'model_card']
+           'last_checkpoint', 'step_bar', 'answers_only', 'run_trainer', 'begin', 'train_dpo', 'for_all', 'plot_log',
+           'watch', 'answer_rows', 'judge_lessons', 'as_tokens', 'one_row', 'together', 'train_sft', 'halve',
+           'model_card']
 
 # %% ../nbs/05_dpo.ipynb #3d4444e9
 import hashlib, json, os, random, shutil
@@ -83,7 +84,7 @@ def trainer_args(
         per_device_train_batch_size=s['micro_batch'], gradient_accumulation_steps=s['batch_size']//s['micro_batch']//n_ranks(),
         max_length=s['max_length'], seed=s['seed'], data_seed=s['seed'], lr_scheduler_type='linear', logging_steps=1, save_strategy='steps', save_steps=s['save_steps'],
         save_total_limit=1, report_to=s['report_to'].split(), disable_tqdm=True, bf16=str(llm.model.dtype)=='torch.bfloat16', use_cpu=llm.device.type=='cpu' and not sharded(),
-        gradient_checkpointing=llm.device.type=='cuda' or sharded(), **kw)
+        gradient_checkpointing=llm.device.type=='cuda' or sharded(), ddp_find_unused_parameters=False, **kw)
 
 def lora(
     s:dict, # Of `settings`
@@ -155,7 +156,7 @@ def run_trainer(
         cfg, base = json.loads((out/'adapter_config.json').read_text()), str(Path(llm.name).resolve()) if Path(llm.name).exists() else llm.name
         write_json(out/'adapter_config.json', {**cfg, 'base_model_name_or_path': base})
         write_json(out/'run.json', {**record, 'base': base, 'steps': trainer.state.global_step, 'resumed_from': ckpt and Path(ckpt).name, 'seconds': round(time.time()-t, 1)})
-        shutil.rmtree(out/'checkpoints'); (out/'checkpoints.key').unlink()
+        shutil.rmtree(out/'checkpoints'); shutil.rmtree(out/'checkpoints.pairs', ignore_errors=True); (out/'checkpoints.key').unlink()
     barrier()
     return log
 
@@ -197,12 +198,23 @@ def train_dpo(
     noisy = s['label_smoothing'] or (.1 if s['loss_type']=='robust' else 0.)
     args = trainer_args(DPOConfig, s, Path(out)/'checkpoints', llm, beta=s['beta'], loss_type=[s['loss_type']]+['sft']*(s['sft_weight']>0), loss_weights=[1., s['sft_weight']][:1+(s['sft_weight']>0)],
                         ld_alpha=None if s['ld_alpha']==1 else s['ld_alpha'], label_smoothing=noisy, precompute_ref_log_probs=ref is None and not sharded())
+    data = for_all(data, Path(out)/'checkpoints.pairs')
     with answers_only(): trainer = DPOTrainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok, peft_config=lora(s), callbacks=callbacks)
     if args.precompute_ref_log_probs and kept and rank()==0: write_json(kept, {k: [float(x) for x in trainer.train_dataset[k]] for k in ref_columns})
     if ref:
         for k in ref_columns: trainer.train_dataset = trainer.train_dataset.add_column(k, ref[k])
         trainer.precompute_ref_logps = True
     return run_trainer(trainer, out, llm, data, dict(method='dpo', pairs=len(pairs), system=system, bits=4 if getattr(llm.model, 'is_loaded_in_4bit', False) else 0, settings=s), resume, progress)
+
+def for_all(
+    data, # A `datasets.Dataset`
+    folder:Path, # Where to put it
+):
+    "The same data set, in files that several processes share: what TRL works out with them lies beside them"
+    from datasets import load_from_disk
+    if n_ranks()==1: return data
+    on_first(lambda: (shutil.rmtree(folder, ignore_errors=True), data.save_to_disk(folder)) and None)
+    return load_from_disk(folder)
 
 # %% ../nbs/05_dpo.ipynb #18f3c059
 def plot_log(
