@@ -6,12 +6,14 @@ import pytest
 recipe = 'model: tiny\ndata: q.csv\njudge: likelihood\nsamples: 3\nmax_new_tokens: 60\nmargin: 0\nn_prompts: 12\nn_test: 4\nlora_r: 2\nmax_length: 400\ntrain_batch: 2\nepochs: 3\nsave_steps: 2\nbatch_size: 6\n'
 
 
+def environment(): return {**os.environ, 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
+
+
 def selfalign(root, *args):
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.Popen([sys.executable, '-m', 'selfalign.run', *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, '-m', 'selfalign.run', *args], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def prepare(root):
+def prepare(root, recipe=recipe):
     from selfalign.data import load_instructions
     from selfalign.llm import tiny
     root.mkdir()
