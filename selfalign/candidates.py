@@ -7,7 +7,7 @@ __all__ = ['prefix', 'words', 'repetition', 'spread', 'n_ranks', 'rank', 'share'
            'sample', 'say_reused']
 
 # %% ../nbs/02_candidates.ipynb #f7f23ebe
-import hashlib, json, os, re, time
+import hashlib, json, os, re, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -109,8 +109,7 @@ class Rows:
         path:Path, # The file the step will write
         wanted, # Keys of the rows it needs, of `row_key`
     ):
-        self.path, self.rows, self.f, self.synced = Path(path), {}, None, 0.
-        self.wanted = {k.encode() for k in wanted}
+        self.path, self.wanted, self.at, self.open, self.synced = Path(path), set(wanted), {}, {}, 0.
         self.own = self.file(rank())
 
     def file(self,
@@ -134,54 +133,67 @@ class Rows:
         return self
 
     def __exit__(self, *_):
-        if self.f: os.fsync(self.f.fileno()); self.f.close()
-        self.f = None
+        if self.own in self.open: os.fsync(self.open[self.own].fileno())
+        for f in self.open.values(): f.close()
+        self.open = {}
         self.lock.release()
 
-    def __contains__(self, key): return key in self.rows
+    def __len__(self): return len(self.at)
+    def __contains__(self, key): return key in self.at
+
+    def __getitem__(self, key):
+        p, start = self.at[key]
+        if p not in self.open: self.open[p] = open(p, 'rb')
+        self.open[p].seek(start)
+        return json.loads(self.open[p].readline(), object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv if k!='key'})
 
     def read(self,
         mend:bool=False, # Cut off torn last lines and say what is damaged?
     ):
-        "Take the wanted rows out of the files of all processes"
+        "Find the wanted rows in the files of all processes"
         for p in [self.file(), *sorted(self.path.parent.glob(self.file('*').name))]:
             if not p.exists(): continue
             bad, end = [], 0
             with open(p, 'rb') as f:
                 for i,l in enumerate(f, 1):
                     if not l.endswith(b'\n'): bad.append(i); break
+                    if not self.take(l, p, end): bad.append(i)
                     end += len(l)
-                    if not self.take(l): bad.append(i)
             if bad and mend:
                 if end<p.stat().st_size: os.truncate(p, end)
                 print(f'{p}, line {", ".join(map(str, bad[:9]))}{" ..." if bad[9:] else ""}: torn or damaged; left out', flush=True)
 
     def take(self,
         line:bytes, # Of a file
+        p:Path, # The file
+        start:int, # Where in it
     )->bool: # Is it a row?
-        "Keep the row if it is wanted"
+        "Remember where the row is, if it is wanted"
         if line[:9]!=b'{"key": "' or line[-2:]!=b'}\n': return False
-        if line[9:33] not in self.wanted: return True
-        try: r = json.loads(line)
+        key = line[9:33].decode('utf-8', 'replace')
+        if key not in self.wanted: return True
+        try: json.loads(line)
         except ValueError: return False
-        self.rows[r.pop('key')] = r
+        self.at[key] = p, start
         return True
 
     def add(self,
         rows:dict, # Key: finished row
     ):
         "Append rows at once; the disk itself is waited for once a second at most"
-        self.f = self.f or open(self.own, 'ab')
-        self.f.write(''.join(json.dumps({'key': k, **r}, ensure_ascii=False)+'\n' for k,r in rows.items()).encode('utf-8', 'replace'))
-        self.f.flush()
-        if time.monotonic()-self.synced>1: os.fsync(self.f.fileno()); self.synced = time.monotonic()
-        self.rows.update(rows)
+        if self.open.get(self.own) is None or not self.open[self.own].writable(): self.open[self.own] = open(self.own, 'a+b')
+        f, start = self.open[self.own], self.own.stat().st_size
+        new = {k: (json.dumps({'key': k, **r}, ensure_ascii=False)+'\n').encode('utf-8', 'replace') for k,r in rows.items()}
+        f.write(b''.join(new.values())); f.flush()
+        if time.monotonic()-self.synced>1: os.fsync(f.fileno()); self.synced = time.monotonic()
+        for k,l in new.items():
+            if k in self.wanted: self.at[k] = self.own, start
+            start += len(l)
 
-    def gather(self)->dict: # Key: row
-        "The rows of all processes, when all are done"
+    def gather(self):
+        "Have the rows of all processes, when all are done"
         if n_ranks()>1: barrier(); self.read()
-        if len(self.rows)<len(self.wanted): raise BadInput(f'{self.path}: {len(self.wanted)-len(self.rows)} rows are missing; all processes must work in one folder')
-        return self.rows
+        if len(self)<len(self.wanted): raise BadInput(f'{self.path}: {len(self.wanted)-len(self)} rows are missing; all processes must work in one folder')
 
     def write(self,
         rows:list, # Rows of the final file
@@ -213,8 +225,8 @@ def sample(
         have = {(i, k) for i,p in enumerate(mine) for k,key in enumerate(keys[p]) if key in made}
         def done(batch): made.add({keys[mine[i]][k]: dict(completion=c.text, n_tokens=c.n_tokens, finished=c.finished) for i,k,c in batch})
         llm.generate([llm.render(p, system) for p in mine], n, sampling, seed, batch_size, progress if rank()==0 else '', done, have)
-        got = made.gather()
-        return made.write([dict(prompt_id=r['prompt_id'], sample=k, prompt=r['prompt'], **got[key], model=label or llm.name, seed=seed) for r in rows for k,key in enumerate(keys[r['prompt']])])
+        made.gather()
+        return made.write([dict(prompt_id=r['prompt_id'], sample=k, prompt=r['prompt'], **made[key], model=label or llm.name, seed=seed) for r in rows for k,key in enumerate(keys[r['prompt']])])
 
 def say_reused(
     label:str, # Of the step; empty: say nothing
@@ -223,4 +235,4 @@ def say_reused(
     what:str, # Of them
 ):
     "One line where something is reused"
-    if label and made.rows and rank()==0: print(f'{label:<11} {len(made.rows)} of {n} {what} were there already', flush=True)
+    if label and len(made) and rank()==0: print(f'{label:<11} {len(made)} of {n} {what} were there already', flush=True)

@@ -36,13 +36,13 @@ def _plain(o):
     if hasattr(o, 'tolist'): return o.tolist()
     return sorted(o) if isinstance(o, (set, frozenset)) else str(o)
 
-def _write(path, text):
-    "Put `text` at `path` in one go; `.gz` is compressed"
-    path, data = Path(path), text.encode('utf-8', 'replace')
+def _write(path, texts):
+    "Put `texts` at `path` in one go, without all of them in memory; `.gz` is compressed"
+    path, parts = Path(path), (t.encode('utf-8', 'replace') for t in texts)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        tmp.write_bytes(gzip.compress(data, mtime=0) if path.suffix=='.gz' else data)
+        with open(tmp, 'wb') as f: f.writelines([gzip.compress(b''.join(parts), mtime=0)] if path.suffix=='.gz' else parts)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -52,14 +52,14 @@ def write_text(
     txt:str, # What to write, line ends as they are
 )->Path:
     "Write `txt` in UTF-8, atomically"
-    return _write(path, txt)
+    return _write(path, [txt])
 
 def write_jsonl(
     path, # Where to; its folders are made
     rows, # Dictionaries
 )->Path:
     "Write `rows` as JSON Lines, atomically"
-    return _write(path, ''.join(json.dumps(r, ensure_ascii=False, default=_plain)+'\n' for r in rows))
+    return _write(path, (json.dumps(r, ensure_ascii=False, default=_plain)+'\n' for r in rows))
 
 # %% ../nbs/00_data.ipynb #fb35e012
 def _file(path):
@@ -100,7 +100,7 @@ def write_json(
     obj, # Anything JSON can hold
 )->Path:
     "Write `obj` as JSON, atomically"
-    return _write(path, json.dumps(obj, ensure_ascii=False, indent=1, default=_plain)+'\n')
+    return _write(path, [json.dumps(obj, ensure_ascii=False, indent=1, default=_plain)+'\n'])
 
 def read_json(
     path, # A JSON file

@@ -15,7 +15,7 @@ __all__ = ['criteria', 'digits', 'rubric', 'content_free', 'anchors', 'joint_for
            'biases', 'full_passes', 'verdict', 'grading_costs', 'plot_belief']
 
 # %% ../nbs/03_judge.ipynb #e614c66f
-import json, math, random, re
+import json, math, random, re, sys
 from pathlib import Path
 
 from .data import BadInput, nearest, read_json, read_table
@@ -346,7 +346,7 @@ def settled(
 )->dict:
     "A score row"
     scores, score = settle(h, mode, mix, weights)
-    return {**r, 'scores': scores, 'score': score, 'mass': h['mass'], 'voice': h['voice'] and {k: round(x, 4) for k,x in h['voice'].items()}, 'judge': f'{llm.name}:{mode}'}
+    return {**r, 'scores': scores, 'score': score, 'mass': h['mass'], 'voice': h['voice'] and {k: round(x, 4) for k,x in h['voice'].items()}, 'judge': sys.intern(f'{llm.name}:{mode}')}
 
 # %% ../nbs/03_judge.ipynb #6aca9f80
 def voice_keys(
@@ -384,9 +384,9 @@ def grade(
             for i,part in share(list(enumerate(parts))):
                 label = progress and rank()==0 and f'{progress}, {v} {min((i+1)*chunk, len(todo))}/{len(todo)}' or ''
                 made.add({k: {v: x} for (k,_),x in zip(part, listen(llm, [r for _,r in part], v, system, label))})
-        got = made.gather()
+        made.gather()
         custom = habit(llm) if calibrate and 'words' in keys else None
-        def one(i): return understand({v: [got[ks[i]][v]] for v,ks in keys.items()}, custom, temperature)[0]
+        def one(i): return understand({v: [made[ks[i]][v]] for v,ks in keys.items()}, custom, temperature)[0]
         no = understand({'joint': [None]})[0]
         return made.write([settled(r, one(i) if r['completion'].strip() else no, llm, mode, mix, weights) for i,r in enumerate(rows)])
 
