@@ -950,6 +950,7 @@ def main(
     if argv[0] not in commands:
         return fail(f'{argv[0]}: unknown command{nearest(argv[0], list(commands))}')
     quiet()
+    if sharded(): os.environ['FSDP_CPU_RAM_EFFICIENT_LOADING'] = 'false'  # or transformers leaves the weights of all but the first process empty
     if n_ranks()>1 and argv[0] not in together: return fail(f'{argv[0]}: is done by one process; start it without a launcher')
     argv = [re.sub(r'(?<=\w)-', '_', a.split('=')[0])+a[len(a.split('=')[0]):] if a.startswith('--') else a for a in argv]  # --max-new-tokens is as good as --max_new_tokens
     args = {k: v for k,v in vars(anno_parser(commands[argv[0]], f'selfalign {argv[0]}').parse_args(argv[1:])).items() if k not in ('pdb', 'xtra')}
