@@ -224,7 +224,7 @@ def sample(
         mine = share([p for p,ks in keys.items() if any(k not in made for k in ks)])
         have = {(i, k) for i,p in enumerate(mine) for k,key in enumerate(keys[p]) if key in made}
         def done(batch): made.add({keys[mine[i]][k]: dict(completion=c.text, n_tokens=c.n_tokens, finished=c.finished) for i,k,c in batch})
-        llm.generate([llm.render(p, system) for p in mine], n, sampling, seed, batch_size, progress if rank()==0 else '', done, have)
+        llm.generate([llm.render(p, system) for p in mine], n, sampling, seed, batch_size, progress if rank()==0 else '', on_batch=done, have=have)
         made.gather()
         return made.write([dict(prompt_id=r['prompt_id'], sample=k, prompt=r['prompt'], **made[key], model=label or llm.name, seed=seed) for r in rows for k,key in enumerate(keys[r['prompt']])])
 
