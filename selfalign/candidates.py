@@ -103,6 +103,8 @@ def row_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode('utf-8', 'replace')).hexdigest()[:24]
 
 # %% ../nbs/02_candidates.ipynb #10a13fe3
+_decode = json.JSONDecoder(object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv if k!='key'}).decode  # names of columns are kept once for all rows
+
 class Rows:
     "Rows made so far, in `<name>.rows.jsonl` beside the file a step writes; a context in which nobody else may add to them"
     def __init__(self,
@@ -145,7 +147,7 @@ class Rows:
         p, start = self.at[key]
         if p not in self.open: self.open[p] = open(p, 'rb')
         self.open[p].seek(start)
-        return json.loads(self.open[p].readline(), object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv if k!='key'})
+        return _decode(self.open[p].readline().decode())
 
     def read(self,
         mend:bool=False, # Cut off torn last lines and say what is damaged?
