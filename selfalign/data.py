@@ -11,7 +11,7 @@ __all__ = ['EMBEDDED', 'BadInput', 'nearest', 'write_text', 'write_jsonl', 'read
            'prepare']
 
 # %% ../nbs/00_data.ipynb #d304184f
-import ast, csv, difflib, gzip, hashlib, json, math, os, re, uuid, zlib
+import ast, csv, difflib, gzip, hashlib, json, math, os, re, sys, uuid, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -71,9 +71,11 @@ def _file(path):
 
 def _why(e): return (getattr(e, 'strerror', None) or str(e) or type(e).__name__).splitlines()[0]
 
+_decode = json.JSONDecoder(object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv}).decode  # rows share the names of their columns
+
 def _parse(data, where):
     "JSON from bytes, or what is wrong with them"
-    try: return json.loads(data.decode('utf-8-sig'))
+    try: return _decode(data.decode('utf-8-sig'))
     except UnicodeDecodeError as e: raise BadInput(f'{where}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8') from None
     except json.JSONDecodeError as e: raise BadInput(f'{where}: not JSON ({e.msg}, column {e.colno})') from None
     except (ValueError, RecursionError) as e: raise BadInput(f'{where}: not JSON ({_why(e)})') from None
