@@ -11,7 +11,7 @@ __all__ = ['EMBEDDED', 'BadInput', 'nearest', 'write_text', 'write_jsonl', 'read
            'prepare']
 
 # %% ../nbs/00_data.ipynb #d304184f
-import ast, csv, difflib, gzip, hashlib, json, math, os, re, uuid, zlib
+import ast, csv, difflib, gzip, hashlib, json, math, os, re, sys, uuid, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -36,13 +36,13 @@ def _plain(o):
     if hasattr(o, 'tolist'): return o.tolist()
     return sorted(o) if isinstance(o, (set, frozenset)) else str(o)
 
-def _write(path, text):
-    "Put `text` at `path` in one go; `.gz` is compressed"
-    path, data = Path(path), text.encode('utf-8', 'replace')
+def _write(path, texts):
+    "Put `texts` at `path` in one go, without all of them in memory; `.gz` is compressed"
+    path, parts = Path(path), (t.encode('utf-8', 'replace') for t in texts)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        tmp.write_bytes(gzip.compress(data, mtime=0) if path.suffix=='.gz' else data)
+        with open(tmp, 'wb') as f: f.writelines([gzip.compress(b''.join(parts), mtime=0)] if path.suffix=='.gz' else parts)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -52,14 +52,14 @@ def write_text(
     txt:str, # What to write, line ends as they are
 )->Path:
     "Write `txt` in UTF-8, atomically"
-    return _write(path, txt)
+    return _write(path, [txt])
 
 def write_jsonl(
     path, # Where to; its folders are made
     rows, # Dictionaries
 )->Path:
     "Write `rows` as JSON Lines, atomically"
-    return _write(path, ''.join(json.dumps(r, ensure_ascii=False, default=_plain)+'\n' for r in rows))
+    return _write(path, (json.dumps(r, ensure_ascii=False, default=_plain)+'\n' for r in rows))
 
 # %% ../nbs/00_data.ipynb #fb35e012
 def _file(path):
@@ -71,9 +71,11 @@ def _file(path):
 
 def _why(e): return (getattr(e, 'strerror', None) or str(e) or type(e).__name__).splitlines()[0]
 
+_decode = json.JSONDecoder(object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv}).decode  # rows share the names of their columns
+
 def _parse(data, where):
     "JSON from bytes, or what is wrong with them"
-    try: return json.loads(data.decode('utf-8-sig'))
+    try: return _decode(data.decode('utf-8-sig'))
     except UnicodeDecodeError as e: raise BadInput(f'{where}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8') from None
     except json.JSONDecodeError as e: raise BadInput(f'{where}: not JSON ({e.msg}, column {e.colno})') from None
     except (ValueError, RecursionError) as e: raise BadInput(f'{where}: not JSON ({_why(e)})') from None
@@ -100,7 +102,7 @@ def write_json(
     obj, # Anything JSON can hold
 )->Path:
     "Write `obj` as JSON, atomically"
-    return _write(path, json.dumps(obj, ensure_ascii=False, indent=1, default=_plain)+'\n')
+    return _write(path, [json.dumps(obj, ensure_ascii=False, indent=1, default=_plain)+'\n'])
 
 def read_json(
     path, # A JSON file

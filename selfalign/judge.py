@@ -6,22 +6,22 @@
 __all__ = ['criteria', 'digits', 'rubric', 'content_free', 'anchors', 'joint_format', 'modes', 'openings', 'closings', 'abroad',
            'caution', 'damages', 'learned', 'shares', 'criteria_reworded', 'verdict_format', 'judge_texts', 'expected',
            'calibrated', 'habit', 'information', 'pieces', 'fresh', 'voice', 'likelihood_scores', 'joint_prompt',
-           'parse_joint', 'joint', 'joint_scores', 'digit_probs', 'word_scores', 'hear', 'mean_scores', 'settle',
-           'judge_rows', 'grade', 'sentences', 'other', 'cut', 'thrice', 'shuffled', 'echo', 'padded', 'english',
-           'headings', 'parrot', 'hedged', 'digression', 'typos', 'stuck', 'number', 'name', 'good_replies', 'damage',
-           'in_words', 'right', 'bootstrap', 'hear_damages', 'examine', 'seen_damages', 'reply_pairs', 'read_pairs',
-           'both_replies', 'agreement', 'agreement_summary', 'choose_mix', 'choose_mode', 'near_chance', 'audit',
-           'find_audit', 'audit_table', 'plot_audit', 'as_list', 'biases', 'full_passes', 'verdict', 'grading_costs',
-           'plot_belief']
+           'parse_joint', 'joint', 'joint_scores', 'voices', 'digit_probs', 'word_scores', 'listen', 'understand',
+           'hear', 'mean_scores', 'settle', 'judge_rows', 'settled', 'voice_keys', 'grade', 'sentences', 'other', 'cut',
+           'thrice', 'shuffled', 'echo', 'padded', 'english', 'headings', 'parrot', 'hedged', 'digression', 'typos',
+           'stuck', 'number', 'name', 'good_replies', 'damage', 'in_words', 'right', 'bootstrap', 'hear_damages',
+           'examine', 'seen_damages', 'reply_pairs', 'read_pairs', 'both_replies', 'agreement', 'agreement_summary',
+           'choose_mix', 'choose_mode', 'near_chance', 'audit', 'find_audit', 'audit_table', 'plot_audit', 'as_list',
+           'biases', 'full_passes', 'verdict', 'grading_costs', 'plot_belief']
 
 # %% ../nbs/03_judge.ipynb #e614c66f
-import json, math, random, re
+import json, math, random, re, sys
 from pathlib import Path
 
 from .data import BadInput, nearest, read_json, read_table
 from .weights import resolve
 from .llm import LLM, Sampling, choice_ids, pad_left
-from .candidates import Partial, prefix, repetition
+from .candidates import Rows, prefix, rank, repetition, row_key, say_reused, share
 
 # %% ../nbs/03_judge.ipynb #7fe961e0
 criteria = {
@@ -230,6 +230,13 @@ def joint_scores(
 # %% ../nbs/03_judge.ipynb #262d9b55
 modes = ['words', 'likelihood', 'mix', 'joint']
 
+def voices(
+    mode:str, # One of `modes`
+)->list: # Of 'words', 'likelihood', 'joint'
+    "The voices a mode needs"
+    if mode not in modes: raise BadInput(f'mode {mode!r}: must be one of {", ".join(modes)}{nearest(mode, modes)}')
+    return modes[:2] if mode=='mix' else [mode]
+
 def digit_probs(
     llm:LLM, # The judge
     rows:list, # Rows with `prompt` and `completion`
@@ -252,6 +259,28 @@ def word_scores(
     e, mass = expected(calibrated(p, habit, temperature))
     return [({c: None if np.isnan(x) else round(float(x), 4) for c,x in zip(criteria, es)}, {c: round(float(x), 4) for c,x in zip(criteria, ms)}) for es,ms in zip(e, mass)]
 
+def listen(
+    llm:LLM, # The judge
+    rows:list, # Rows with `prompt` and `completion`, none of them empty
+    voice_:str, # Of `voices`
+    system:str=prefix, # Said before each instruction
+    progress:str='', # Label of a progress bar
+)->list: # For each row what JSON can hold: probabilities of the digits, a dict of `voice`, or a grade or None
+    "What one voice says about every row, as it comes"
+    if voice_=='words': return digit_probs(llm, rows, progress).tolist()
+    return voice(llm, rows, system, progress) if voice_=='likelihood' else joint_scores(llm, rows, progress=progress)
+
+def understand(
+    said:dict, # Voice: of `listen`, all for the same rows
+    habit=None, # As in `calibrated`
+    temperature:float=1., # As in `calibrated`
+)->list: # For each row a dict of `words`, `mass`, `p`, `voice`, `likelihood`, `joint`
+    "Grades of every voice from what it said"
+    ps, vs, js = (said.get(v) for v in ('words', 'likelihood', 'joint'))
+    no = [None]*len(next(iter(said.values())))
+    ws = word_scores(ps, habit, temperature) if ps else [(None, None)]*len(no)
+    return [dict(words=w, mass=m, p=p, voice=v, likelihood=v and likelihood_scores(v), joint=j) for (w,m),p,v,j in zip(ws, ps or no, vs or no, js or no)]
+
 def hear(
     llm:LLM, # The judge
     rows:list, # Rows with `prompt` and `completion`
@@ -262,16 +291,10 @@ def hear(
     temperature:float=1., # Of its words, as in `calibrated`
 )->list: # The rows with `words`, `mass`, `p` (of `digit_probs`), `voice`, `likelihood`, `joint`: each None where that voice was not asked or said nothing
     "What each voice says about every row"
-    if mode not in modes: raise BadInput(f'mode {mode!r}: must be one of {", ".join(modes)}{nearest(mode, modes)}')
-    full = [r for r in rows if r['completion'].strip()]
-    no = [None]*len(full)
-    ps = digit_probs(llm, full, progress) if mode in ('words', 'mix') else no
-    ws = word_scores(ps, habit(llm) if calibrate else None, temperature) if mode in ('words', 'mix') and full else [(None, None)]*len(full)
-    vs = voice(llm, full, system, progress) if mode in ('likelihood', 'mix') else no
-    js = joint_scores(llm, full, progress=progress) if mode=='joint' else no
-    said = iter([dict(words=w, mass=m, p=p, voice=v, likelihood=v and likelihood_scores(v), joint=j) for (w,m),p,v,j in zip(ws, ps, vs, js)])
-    none = dict(words=None, mass=None, p=None, voice=None, likelihood=None, joint=None)
-    return [{**r, **(next(said) if r['completion'].strip() else none)} for r in rows]
+    full, no = [r for r in rows if r['completion'].strip()], understand({'joint': [None]})[0]
+    said = {v: listen(llm, full, v, system, progress) for v in voices(mode)}
+    got = iter(understand(said, habit(llm) if calibrate and said.get('words') else None, temperature))
+    return [{**r, **(next(got) if r['completion'].strip() else no)} for r in rows]
 
 def mean_scores(
     scores:dict, # Criterion: grade or None
@@ -312,13 +335,32 @@ def judge_rows(
     **kw, # `calibrate` and `temperature` of `hear`
 )->list: # The rows with `scores`, `score`, `mass`, `voice` and `judge`
     "Grade every row"
-    res = []
-    for r,h in zip(rows, hear(llm, rows, mode, system, progress, **kw)):
-        scores, score = settle(h, mode, mix, weights)
-        res.append({**r, 'scores': scores, 'score': score, 'mass': h['mass'], 'voice': h['voice'] and {k: round(x, 4) for k,x in h['voice'].items()}, 'judge': f'{llm.name}:{mode}'})
-    return res
+    return [settled(r, h, llm, mode, mix, weights) for r,h in zip(rows, hear(llm, rows, mode, system, progress, **kw))]
+
+def settled(
+    r:dict, # A row
+    h:dict, # What was heard about it
+    llm:LLM, # The judge
+    mode:str, # One of `modes`
+    mix:dict=None, # As in `settle`
+    weights:dict=None, # As in `settle`
+)->dict:
+    "A score row"
+    scores, score = settle(h, mode, mix, weights)
+    return {**r, 'scores': scores, 'score': score, 'mass': h['mass'], 'voice': h['voice'] and {k: round(x, 4) for k,x in h['voice'].items()}, 'judge': sys.intern(f'{llm.name}:{mode}')}
 
 # %% ../nbs/03_judge.ipynb #6aca9f80
+def voice_keys(
+    llm:LLM, # The judge
+    rows:list, # Rows with `prompt` and `completion`
+    voice_:str, # Of `voices`
+    system:str=prefix, # Said before each instruction
+)->list: # Of `row_key`; None for an empty answer
+    "What the words of a voice about a row depend on: the judge, the texts it reads, the question, the answer"
+    reads = {'words': [rubric, criteria], 'likelihood': [system, content_free], 'joint': [prefix, criteria, joint_format['json']]}
+    common = row_key(voice_, llm.fingerprint(), reads[voice_])
+    return [row_key(common, r['prompt'], r['completion']) if r['completion'].strip() else None for r in rows]
+
 def grade(
     rows:list, # Candidate rows
     llm:LLM,   # The judge
@@ -326,18 +368,28 @@ def grade(
     mode:str='likelihood', # Which voice
     system:str=prefix, # Said before each instruction
     chunk:int=64, # Rows between two saves
-    progress:str='', # Label of progress bars
-    **kw, # `mix` and `weights` of `settle`, `calibrate` and `temperature` of `hear`
+    progress:str='', # Label of progress bars, and of what is said
+    mix:dict=None, # As in `settle`
+    weights:dict=None, # As in `settle`
+    calibrate:bool=False, # As in `hear`
+    temperature:float=1., # As in `hear`
 )->list: # Score rows, in the order of `rows`
-    "Grade every candidate and write `scores.jsonl`; an interrupted step goes on where it stopped"
-    part = Partial(out, dict(step='judge', model=llm.fingerprint(), mode=mode, system=system, anchors=anchors, **kw))
-    def key(r): return r['prompt_id'], r.get('model'), r['sample'], r['completion']
-    have = {key(r) for r in part.rows}
-    todo = [r for r in rows if key(r) not in have]
-    for i in range(0, len(todo), chunk):
-        part.add(judge_rows(llm, todo[i:i+chunk], mode, system, progress and f'{progress} {min(i+chunk, len(todo))}/{len(todo)}', **kw))
-    place = {key(r): i for i,r in enumerate(rows)}
-    return part.finish(lambda r: place.get(key(r)))
+    "Grade every candidate and write `scores.jsonl`; what a voice said before it is not asked again"
+    keys = {v: voice_keys(llm, rows, v, system) for v in voices(mode)}
+    wanted = {k for ks in keys.values() for k in ks if k}
+    with Rows(out, wanted) as made:
+        say_reused(progress, made, len(wanted), 'grades')
+        for v,ks in keys.items():
+            todo = list({k: r for k,r in zip(ks, rows) if k and k not in made}.items())
+            parts = [todo[i:i+chunk] for i in range(0, len(todo), chunk)]
+            for i,part in share(list(enumerate(parts))):
+                label = progress and rank()==0 and f'{progress}, {v} {min((i+1)*chunk, len(todo))}/{len(todo)}' or ''
+                made.add({k: {v: x} for (k,_),x in zip(part, listen(llm, [r for _,r in part], v, system, label))})
+        made.gather()
+        custom = habit(llm) if calibrate and 'words' in keys else None
+        def one(i): return understand({v: [made[ks[i]][v]] for v,ks in keys.items()}, custom, temperature)[0]
+        no = understand({'joint': [None]})[0]
+        return made.write([settled(r, one(i) if r['completion'].strip() else no, llm, mode, mix, weights) for i,r in enumerate(rows)])
 
 # %% ../nbs/03_judge.ipynb #042a0358
 def sentences(

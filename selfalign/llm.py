@@ -78,6 +78,7 @@ def pick_device(
     "Where to compute, and how precisely"
     import torch
     dev = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if dev=='cuda' and 'LOCAL_RANK' in os.environ: dev = f'cuda:{int(os.environ["LOCAL_RANK"])%torch.cuda.device_count()}'  # one of several processes of a launcher
     kinds = ('float32', 'bfloat16', 'float16')
     if dtype and dtype not in kinds: raise BadInput(f'dtype {dtype!r}: must be one of {", ".join(kinds)}{nearest(dtype, kinds)}')
     fast = dev.startswith('cuda') and torch.cuda.is_bf16_supported()
