@@ -214,7 +214,7 @@ def sample(
     sampling:Sampling=Sampling(temperature=1., repetition_penalty=1.1, max_new_tokens=96), # Warmer than for use: answers must differ
     system:str=prefix, # Said before each instruction
     seed:int=42, # A row depends on (seed, prompt, sample) only
-    batch_size:int=32, # Rows decoded together
+    batch_size:int=0, # Rows written together, at most; 0: as many as memory and device make worth while
     progress:str='', # Label of a progress bar, and of what is said
     label:str='', # What the rows call the model; its name unless given
 )->list: # Candidate rows, in the order of `rows`

@@ -77,7 +77,7 @@ def answers(
     sampling:Sampling=Sampling(), # Settings
     system:str=prefix, # Said before each instruction
     seed:int=42, # Of the sampling
-    batch_size:int=32, # Rows decoded together
+    batch_size:int=0, # Rows written together, at most; 0: as many as memory and device make worth while
     progress:str='', # Label of a progress bar
 )->list: # Rows `prompt_id, prompt, model, completion, n_tokens, finished, ...`, in the order of `rows`
     "Answer every instruction once: candidates with n = 1, the model called by its role"

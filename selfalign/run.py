@@ -10,7 +10,8 @@ __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'spread', 'shared', 'which
            'grid_points', 'borrow', 'frontier_row', 'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said',
            'summary', 'tell', 'run_all', 'overs', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit',
            'audit_data', 'cmd_curve', 'plot_curve', 'to_json', 'cmd_frontier', 'example_answers', 'finished',
-           'cmd_compare', 'cmd_qa', 'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off', 'fail', 'main']
+           'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off',
+           'fail', 'main']
 
 # %% ../nbs/08_run.ipynb #e56fd3b6
 import hashlib, json, math, os, random, re, shutil, sys, time
@@ -30,6 +31,7 @@ from .dpo import answer_rows, halve, judge_lessons, model_card, sharded, train_d
 from .inference import answers, stream, talk
 from .evaluate import bert_f1, compare, evaluate, length_said, people, read_verdicts, sheet_rows, sides, table, table_md, verdict_of, win_said
 from .evaluate import sheet as write_sheet
+from .bench import bench, bench_table, topics
 
 # %% ../nbs/08_run.ipynb #84751cf9
 keys = { # key: (default, lowest, highest, what it is)
@@ -56,7 +58,7 @@ keys = { # key: (default, lowest, highest, what it is)
     'top_p':         (.95, 0.01, 1., 'of the candidates'),
     'repetition_penalty': (1.1, 1., 3., 'of the candidates'),
     'max_new_tokens': (256, 4, None, 'longest answer, in tokens'),
-    'batch_size':    (32, 1, None, 'answers written together'),
+    'batch_size':    (0, 0, None, 'answers written together, at most; 0: as many as memory and device make worth while'),
     'judge':         ('mix', modes[:3], None, 'whose voice grades: words, likelihood, or mix, with the shares its audit found'),
     'judge_model':   ('', None, None, 'the model that grades, frozen; empty: the model to align itself'),
     'second_judge':  ('', None, None, 'another model that grades the held-out answers too; empty: none'),
@@ -91,11 +93,11 @@ keys = { # key: (default, lowest, highest, what it is)
 # %% ../nbs/08_run.ipynb #777776f4
 recipes = {
     'quickstart': dict(model='embedded', data='embedded', n_prompts=48, n_test=32, samples=5, max_new_tokens=64, max_length=256, temperature=.8, top_p=.9, repetition_penalty=1.1,
-                       answer_repetition_penalty=1.1, gap='-16', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=5, batch_size=64),
+                       answer_repetition_penalty=1.1, gap='-16', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=5),
     'brief': dict(model='embedded', data='embedded', n_prompts=260, n_test=128, samples=5, max_new_tokens=96, max_length=256, temperature=.8, top_p=.9, repetition_penalty=1.1, answer_repetition_penalty=1.1,
-                  gap='-20', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, batch_size=96, second_judge='embedded-base'),
+                  gap='-20', sft_weight=1., learning_rate=2.5e-4, epochs=1.5, train_batch=4, micro_batch=2, save_steps=10, second_judge='embedded-base'),
     'gemma-2-2b-it': dict(model='google/gemma-2-2b-it', data='OpenAssistant/oasst1', samples=6, longest=1., fuller=1, max_new_tokens=512, learning_rate=2e-5, epochs=2., train_batch=32, micro_batch=2,
-                          batch_size=64, lora_r=32, max_length=1536, judge='mix'),
+                          lora_r=32, max_length=1536, judge='mix'),
 }
 
 # %% ../nbs/08_run.ipynb #6f42fb04
@@ -879,6 +881,28 @@ def cmd_qa(
     print(table(ev).to_string())
     say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {run.models/"qa.json"}')
 
+def cmd_bench(
+    topic:Param('What to measure: sampling, grading, training, startup, scale; all unless given', str, nargs='*', opt=False)=None,
+    model:str='embedded', # Model: embedded, a hub id, a folder
+    rounds:int=3, # Repetitions; the median counts
+    limit:int=64, # Instructions to answer, and answers to grade, at most
+    server:str=None, # Address of a server with the same model, to be measured too
+    json:store_true=False, # Print everything as one JSON object and nothing else
+    device:str=None, # cuda, mps or cpu; the best there is unless given
+    dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
+):
+    "What does it cost? Tokens a second, step times, memory, each beside the usual way"
+    for t in topic or ():
+        if t not in topics: raise BadInput(f'bench: {t!r} is no topic; they are {", ".join(topics)}{nearest(t, topics)}')
+    if limit<1 or rounds<1: raise BadInput('bench: limit and rounds must be at least 1')
+    todo, res = topic or topics, {}
+    llm = load(model, None, device, dtype) if {*todo} & {'sampling', 'grading'} else None
+    far = Server(server, model) if server else None
+    for t in todo:
+        res[t] = bench(t, llm, model, rounds, limit, far)
+        if not json: print(bench_table({t: res[t]}).to_string(), flush=True)
+    if json: print(to_json({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
+
 def cmd_ask(
     question:str, # What to ask
     model:str='embedded', # Model: embedded, a hub id, a folder, an adapter's folder such as models/quickstart
@@ -931,7 +955,7 @@ def base_of(
     return read_json(f)['base_model_name_or_path']
 
 # %% ../nbs/08_run.ipynb #35a6c1b0
-commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'curve': cmd_curve, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'qa': cmd_qa, 'ask': cmd_ask, 'chat': cmd_chat}
+commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'curve': cmd_curve, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'ask': cmd_ask, 'chat': cmd_chat}
 
 together = ['run', 'sft', *steps]  # commands that several processes can do together
 
