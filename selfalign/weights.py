@@ -143,8 +143,13 @@ def render(
     marks = [t for t in {*tok.all_special_tokens, *turn_marks} if len(t)>3]
     clean = [{**m, 'content': strip_marks(m['content'], marks)} for m in msgs]
     go = lambda ms: tok.apply_chat_template(ms, tokenize=False, add_generation_prompt=answer)
-    try: return go(clean)
-    except TemplateError: return go(merge_system(clean))
+    if clean and clean[0]['role']=='system' and not getattr(tok, 'refuses_system', False):
+        try: return go(clean)
+        except TemplateError: pass
+        txt = go(merge_system(clean))
+        tok.refuses_system = True  # not to be asked again
+        return txt
+    return go(merge_system(clean))
 
 def strip_marks(
     txt:str,    # Text of a turn
