@@ -40,7 +40,9 @@ def apart(
 )->dict: # What it returns, a dict, and `peak_gb` of its process
     "Call a function in a new process and see how much memory it took"
     import multiprocessing as mp
-    with mp.get_context('spawn').Pool(1) as pool: return pool.apply(with_peak, (f, args))
+    pool = mp.get_context('spawn').Pool(1)
+    try: return pool.apply(with_peak, (f, args))
+    finally: pool.close(); pool.join()
 
 def with_peak(f, args):
     "What `f` returns, and the most memory this process has had, in GB"

@@ -865,7 +865,7 @@ def verdict(
     batch_size:int=1, # Verdicts written together
     whole:bool=True, # As long as a whole verdict, or until the model stops?
 )->list: # Texts
-    "A verdict on five criteria in JSON, as the model writes it"
+    "A verdict on five criteria in JSON, as the model writes it; one at a time by the simple loop, as one would ask without this package"
     n = len(llm.encode(json.dumps({c: 5 for c in criteria}, ensure_ascii=False)))
     ask = [llm.render(f'Вопрос:\n{r["prompt"].strip()}\n\nОтвет:\n{r["completion"].strip()}{verdict_format}') for r in rows]
     stop, llm.stop = llm.stop, [-1] if whole else llm.stop

@@ -679,16 +679,20 @@ def generate(self:LLM,
     progress:str='', # Label of a progress bar; empty: none
     on_batch=None, # Called with `[(index of prompt, sample, Completion)]` as answers are done
     have=(), # Pairs (index of prompt, sample) that are not to be written again
-)->list: # For each prompt a list of `n` `Completion`s; None where `have` has it
+)->list: # For each prompt a list of `n` `Completion`s; None where `have` has it; nothing where `on_batch` has had them
     "Answer every prompt `n` times, shortest prompts first"
-    have, res, ready = set(have), [[None]*n for _ in prompts], []
+    have, res, ready = set(have), [] if on_batch else [[None]*n for _ in prompts], []
     jobs = [(i, [k for k in range(n) if (i, k) not in have]) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))]
-    with bar(sum(len(ks) for _,ks in jobs), progress, 'answer') as pbar:
-        for i,k,ids in self.write(prompts, [j for j in jobs if j[1]], sampling, seed, batch_size):
-            res[i][k] = self.completion(ids)
-            ready.append((i, k, res[i][k])); pbar.update()
-            if on_batch and len(ready)>=16: on_batch(ready); ready = []
-    if on_batch and ready: on_batch(ready)
+    try:
+        with bar(sum(len(ks) for _,ks in jobs), progress, 'answer') as pbar:
+            for i,k,ids in self.write(prompts, [j for j in jobs if j[1]], sampling, seed, batch_size):
+                c = self.completion(ids)
+                pbar.update()
+                if not on_batch: res[i][k] = c; continue
+                ready.append((i, k, c))
+                if len(ready)>=16: on_batch(ready); ready = []
+    finally:
+        if ready: on_batch(ready)
     return res
 
 @patch
@@ -891,11 +895,11 @@ def tiny(
 
 def tiny_tokenizer():
     "A tokenizer of single, mostly Cyrillic characters with Gemma's marks, and a template that refuses a system role, as Gemma-2's does"
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     chars = [*map(chr, range(ord('А'), ord('я')+1)), *'ёЁ0123456789 \n.,:;!?«»—-()"']
     t = Tokenizer(models.BPE(vocab={c: i for i,c in enumerate([*chars, '<unk>'])}, merges=[], unk_token='<unk>'))
-    t.decoder = decoders.Fuse()
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated'), decoders.Fuse()  # each character by itself, or it would remember whole texts
     tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>', unk_token='<unk>',
                                   additional_special_tokens=['<start_of_turn>', '<end_of_turn>'], clean_up_tokenization_spaces=False)
     tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + gemma_turns
