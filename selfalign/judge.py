@@ -868,9 +868,9 @@ def verdict(
     "A verdict on five criteria in JSON, as the model writes it; one at a time by the simple loop, as one would ask without this package"
     n = len(llm.encode(json.dumps({c: 5 for c in criteria}, ensure_ascii=False)))
     ask = [llm.render(f'Вопрос:\n{r["prompt"].strip()}\n\nОтвет:\n{r["completion"].strip()}{verdict_format}') for r in rows]
-    stop, llm.stop = llm.stop, [-1] if whole else llm.stop
+    kept, llm.stop, llm.slotted = (llm.stop, llm.slotted), [-1] if whole else llm.stop, False if batch_size==1 else llm.slotted
     try: return [c.text for c, in llm.generate(ask, 1, Sampling(temperature=0, repetition_penalty=1., max_new_tokens=n), batch_size=batch_size)]
-    finally: llm.stop = stop
+    finally: llm.stop, llm.slotted = kept
 
 # %% ../nbs/03_judge.ipynb #cae6ea16
 def grading_costs(
