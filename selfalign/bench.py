@@ -322,7 +322,7 @@ def plot_scale(
     ns = [r['rows'] for r in scaled['sizes']]
     for k in ('sampling', 'grading'): axs[0].plot(ns, [r[k] for r in scaled['sizes']], marker='o', label=k)
     axs[1].plot(ns, [r['peak_gb'] for r in scaled['sizes']], marker='o', c='C2')
-    for ax,y in zip(axs, ('milliseconds a row', 'peak memory, GB')): ax.set(xscale='log', xlabel='rows', ylabel=y, ylim=(0, None))
+    for ax,y in zip(axs, ('milliseconds a row', 'peak memory, GB')): ax.set(xscale='log', xlabel='rows', ylabel=y, ylim=(0, 1.1*ax.dataLim.y1))
     axs[0].legend(); fig.tight_layout()
     return fig
 
