@@ -79,12 +79,15 @@ def by_generate_batch(
     s:Sampling, # Settings
 )->list: # For each prompt a list of one completion
     "Answers by transformers' own continuous batching, in blocks that hold all of them"
+    import warnings
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
     ids = [llm.encode(p) for p in prompts]
     room = ContinuousBatchingConfig(page_size=32, num_blocks=sum((len(i)+s.max_new_tokens)//32+1 for i in ids), max_batch_tokens=512, max_memory_percent=.2)
     how = GenerationConfig(do_sample=True, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, repetition_penalty=s.repetition_penalty, max_new_tokens=s.max_new_tokens, eos_token_id=llm.stop, pad_token_id=llm.tok.pad_token_id)
-    out = llm.model.generate_batch(inputs=ids, generation_config=how, continuous_batching_config=room, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # it does not know the repetition penalty, and says so each time
+        out = llm.model.generate_batch(inputs=ids, generation_config=how, continuous_batching_config=room, progress_bar=False)
     return [[llm.completion(o.generated_tokens)] for o in out.values()]
 
 def amount(
