@@ -635,7 +635,8 @@ def write(self:LLM,
                 done = batch.admit([(ids, [((i, k), row_noise(seed, prompts[i], k, s.max_new_tokens)) for k in ks]) for i,ids,ks in taken]) if taken else batch.step()
             except RuntimeError as e:
                 if rows==1 or not out_of_memory(e): raise
-                queue.extendleft(reversed([(i, ks) for i,_,ks in taken] + [(i, [k]) for (i, k),_ in batch.who if i not in {j for j,*_ in taken}] if batch else []))
+                again, new = [(i, ks) for i,_,ks in taken], {(i, k) for i,_,ks in taken for k in ks}
+                queue.extendleft(reversed(again + [(i, [k]) for (i, k),_ in (batch.who if batch else ()) if (i, k) not in new]))
                 rows, batch = rows//2, None
                 logging.getLogger(__name__).warning(f'{self.name}: out of memory; going on with {rows} rows at a time')
                 continue
