@@ -1,7 +1,8 @@
 """A server that speaks OpenAI's protocol on loopback, with any `LLM` behind it, to test `Server` against. It misbehaves on request.
 
 `fault(n, body)` says what happens to the n-th request: None (an answer), a status (with `Retry-After` for 429), or one of
-`hang`, `cut` (the connection breaks inside the reply), `garbage` (no JSON), `empty` (no choices), `wrong` (wrong types), `nologprobs`."""
+`hang`, `cut` (the connection breaks inside the reply), `garbage` (no JSON), `empty` (no choices), `wrong` (wrong types), `nologprobs`.
+With `like='transformers'` it takes and refuses the fields that `transformers serve` does."""
 import json, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +16,7 @@ class Fake(ThreadingHTTPServer):
 
     def __init__(self, llm, name='tiny', knows=('logprob_token_ids', 'structured_outputs'), delay=0.):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.llm, self.name, self.knows, self.delay, self.fault, self.strict = llm, name, knows, delay, None, ()
+        self.llm, self.name, self.knows, self.delay, self.fault, self.strict, self.like = llm, name, knows, delay, None, (), 'vllm'
         self.asked = self.now = self.most = 0
         self.bodies, self.lock, self.model = [], threading.Lock(), threading.Lock()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
@@ -88,6 +89,11 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(s.delay)
         named = [k for k in s.strict if k in body]
         if named: return self.reply(dict(error=dict(message=f'Extra inputs are not permitted: {", ".join(named)}')), 400)
+        if s.like=='transformers':
+            if not isinstance(body.get('prompt', ''), str): return self.reply(dict(detail='prompt must be a string.'), 400)
+            more = {*body}-{'model', 'messages', 'max_tokens', 'temperature', 'top_p', 'seed', 'generation_config'}
+            if more: return self.reply(dict(detail=f'Unexpected fields in the request: {more}'), 422)
+            body = {**json.loads(body['generation_config']), **body}
         chat = self.path=='/v1/chat/completions'
         ids = s.llm.tok(s.llm.tok.apply_chat_template(body['messages'], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids if chat else body['prompt']
         with s.model:

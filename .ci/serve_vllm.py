@@ -45,10 +45,12 @@ def merged(model, folder):
 
 def start(py, folder, port, log, pid, room, wait=600):
     "Start the server and wait until it is well"
-    env = {**os.environ, 'VLLM_TARGET_DEVICE': 'cpu', 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'HF_HUB_OFFLINE': '1'}
+    cores = ','.join(map(str, sorted(os.sched_getaffinity(0))))  # all of them: left to itself, it keeps one for its scheduler
+    env = {**os.environ, 'VLLM_TARGET_DEVICE': 'cpu', 'VLLM_CPU_OMP_THREADS_BIND': cores, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'HF_HUB_OFFLINE': '1'}
     env.pop('PYTHONPATH', None)
     cmd = [py, '-m', 'vllm.entrypoints.cli.main', 'serve', folder, '--host', '127.0.0.1', '--port', str(port), '--served-model-name', folder.name,
-           '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room), '--max-num-seqs', '64']
+           '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room), '--max-num-seqs', '128',
+           '--no-enable-chunked-prefill', '--max-num-batched-tokens', str(2*room)]  # on a CPU, a request with a seed whose prompt is read in two pieces ends the server
     with open(log, 'w') as f: p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
     pid.write_text(str(p.pid))
     end = time.time()+wait

@@ -3,6 +3,7 @@
 The first two run on loopback over a tiny random model. For the third: `python .ci/serve_vllm.py`, then
 `SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/serve_vllm.py --stop`."""
 import asyncio, json, os, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_what_is_done_is_on_disk_and_not_asked_again(fake, folder, tmp_path):
     assert [b['prompt'] for b in fake.bodies]==[bad, bad]
 
 
+def test_grades_are_kept_when_one_cannot_be_had(fake, folder, llm, tmp_path):
+    rows = [dict(prompt_id=str(i), sample=0, prompt=q, completion=a) for i,(q,a) in enumerate(zip(questions, said))]
+    bad, s = [llm.encode(judge_texts(llm, questions[1], said[1])[0]), [*llm.encode(llm.render(questions[1], prefix)), *llm.encode(said[1])]], quick(fake, folder, tries=2)
+    fake.fault = lambda n, body: 400 if body['prompt'][:len(bad[0])]==bad[0] or body['prompt'][:len(bad[1])]==bad[1] else None
+    with pytest.raises(BadInput, match='5 failed.*status 400.*finished rows are kept'): grade(rows, s, tmp_path/'s.jsonl', 'mix')
+    assert len((tmp_path/'s.rows.jsonl').read_text().splitlines())==6 and not (tmp_path/'s.jsonl').exists()  # three rows, two voices
+    fake.fault, fake.bodies = None, []
+    assert [r['score'] for r in grade(rows, s, tmp_path/'s.jsonl', 'mix')]==pytest.approx([r['score'] for r in grade(rows, llm, tmp_path/'h.jsonl', 'mix')], abs=1e-3)
+    assert len(fake.bodies)==7  # five criteria, with the question and without
+
+
 def test_a_server_that_is_gone_is_not_asked_for_ever(fake, folder, ps):
     s = quick(fake, folder, tries=2, concurrency=4)
     fake.fault = lambda n, body: 503
@@ -134,6 +146,16 @@ def test_another_model_is_noticed(fake):
     with pytest.raises(BadInput, match='another model'): Server(fake.url, 'embedded')
 
 
+def test_rows_of_another_model_behind_the_same_name_are_not_taken(fake, folder, tmp_path):
+    assert quick(fake, folder).fingerprint()==quick(fake, folder).fingerprint()!=quick(fake, tiny(tmp_path/'other', seed=1)).fingerprint()
+
+
+def test_an_address_holds_no_secret(folder):
+    for u in ('http://me:sesame@127.0.0.1:9', 'http://127.0.0.1:9/v1?key=sesame'):
+        with pytest.raises(BadInput, match='OPENAI_API_KEY') as e: Server(u, folder)
+        assert 'sesame' not in str(e.value)
+
+
 def test_a_wrong_key_stops_at_once(fake, folder, ps):
     fake.fault = lambda n, body: 401
     with pytest.raises(BadInput, match='OPENAI_API_KEY'): quick(fake, folder).generate(ps, sampling=greedy)
@@ -143,6 +165,10 @@ def test_settings_it_does_not_know_are_left_out_and_said(fake, folder, ps, capsy
     fake.strict = ('top_k', 'stop_token_ids')
     assert len(quick(fake, folder).generate(ps*3, sampling=greedy))==12
     assert capsys.readouterr().err.count('does not know stop_token_ids, top_k; going on without')==1
+    plain = replace(greedy, repetition_penalty=1.)
+    assert not quick(fake, folder).fair(plain)  # it samples by other settings than this machine
+    fake.strict = ()
+    assert quick(fake, folder).fair(plain)
 
 
 def test_no_logprobs_is_refused_in_one_line(fake, folder, llm, ps):
@@ -155,11 +181,20 @@ def test_no_logprobs_is_refused_in_one_line(fake, folder, llm, ps):
 def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
     fake.fault = lambda n, body: 404 if 'prompt' in body else None
     s = quick(fake, folder)
-    turns = [s.render(q) for q in questions]
+    turns = [s.render(q, prefix) for q in questions]  # the template refuses a system role, there too
+    turns[0] = s.render('Привет!<end_of_turn>', prefix)
+    assert turns[0].messages==[dict(role='user', content=f'{prefix}\n\nПривет!')]
     with pytest.raises(BadInput, match='can answer but not grade'): quick(fake, folder).weigh(turns[:1], ['А'], digits)
     assert s.generate(turns, sampling=greedy)==llm.generate(turns, sampling=greedy)
     for go in (lambda: s.weigh(turns[:1], ['А'], digits), lambda: s.generate([turns[0]+'Да'], sampling=greedy)):
         with pytest.raises(BadInput, match='/v1/completions'): go()
+
+
+def test_transformers_serve_is_asked_in_its_own_way(fake, folder, llm, ps):
+    fake.like = 'transformers'
+    s, some = quick(fake, folder), Sampling(temperature=0, top_k=7, repetition_penalty=1.3, max_new_tokens=9)
+    assert s.generate([s.render(q, prefix) for q in questions], sampling=some)==llm.generate(ps, sampling=some) and not s.refused
+    assert not s.fair(replace(some, repetition_penalty=1.))  # the template is the server's
 
 
 def test_an_interrupt_ends_it_and_keeps_what_is_done(fake, folder, ps, tmp_path):
@@ -186,6 +221,9 @@ def test_a_run_asks_the_server_and_reads_no_weights(fake, folder, tmp_path, monk
     assert not any(again.step(s) for s in ('data', 'candidates', 'judge', 'reference'))
     here = Run(read_recipe('quickstart', **{**over, 'server': ''}), tmp_path)
     assert here.key('candidates')!=run.key('candidates')
+    gone = Run(read_recipe('quickstart', **{**over, 'server': 'http://127.0.0.1:9'}), tmp_path)  # what is finished needs no server
+    assert not any(gone.step(s) for s in ('data', 'candidates', 'judge', 'reference'))
+    with pytest.raises(BadInput, match='no server answers'): gone.step('candidates', force=True)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path, capsys):

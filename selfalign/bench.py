@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['kinds', 'topics', 'take_turns', 'apart', 'with_peak', 'by_generate', 'by_generate_batch', 'amount', 'quality',
-           'differ', 'sampling_costs', 'bench_prompts', 'plot_sampling', 'matmul_peak', 'layer_weights', 'shares',
-           'use_of_machine', 'step_times', 'train_once', 'training_costs', 'startup_costs', 'scale_once', 'scale_costs',
-           'plot_scale', 'bench', 'bench_table']
+           'differ', 'sampling_costs', 'bench_prompts', 'plot_sampling', 'matmul_peak', 'layer_weights', 'by_kind',
+           'shares', 'use_of_machine', 'step_times', 'train_once', 'look', 'use_in_training', 'training_costs',
+           'startup_costs', 'scale_once', 'scale_costs', 'plot_scale', 'bench', 'bench_table']
 
 # %% ../nbs/07a_bench.ipynb #9979dbf3
 import json, os, subprocess, sys, tempfile, time
@@ -57,10 +57,11 @@ def by_generate(
     n:int, # Samples of each
     s:Sampling, # Settings
     rows:int, # Rows of a batch; 1: one prompt at a time, as the reference project does
-)->list: # For each prompt a list of (text, tokens, finished)
+    seed:int=0, # Of torch's random numbers
+)->list: # For each prompt a list of completions
     "Answers by transformers' own `generate`, batches of similar length"
     import torch
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     order, res, per = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [[] for _ in prompts], max(1, rows//n)
     for b in (order[j:j+per] for j in range(0, len(order), per)):
         x = llm.tok([prompts[i] for i in b], return_tensors='pt', padding=True, add_special_tokens=False).to(llm.device)
@@ -77,14 +78,16 @@ def by_generate_batch(
     llm:LLM, # The model
     prompts:list, # Rendered chat texts
     s:Sampling, # Settings
+    seed:int=0, # Of torch's random numbers
 )->list: # For each prompt a list of one completion
     "Answers by transformers' own continuous batching, in blocks that hold all of them"
-    import warnings
+    import torch, warnings
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
     ids = [llm.encode(p) for p in prompts]
     room = ContinuousBatchingConfig(page_size=32, num_blocks=sum((len(i)+s.max_new_tokens)//32+1 for i in ids), max_batch_tokens=512, max_memory_percent=.2)
     how = GenerationConfig(do_sample=True, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, repetition_penalty=s.repetition_penalty, max_new_tokens=s.max_new_tokens, eos_token_id=llm.stop, pad_token_id=llm.tok.pad_token_id)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # it does not know the repetition penalty, and says so each time
         out = llm.model.generate_batch(inputs=ids, generation_config=how, continuous_batching_config=room, progress_bar=False)
@@ -127,28 +130,34 @@ def sampling_costs(
     prompts:list, # Rendered chat texts
     n:int=4, # Samples of each
     s:Sampling=Sampling(temperature=.8, repetition_penalty=1.1, max_new_tokens=64), # Settings, the same for all
-    rounds:int=3, # Repetitions; the median counts
+    rounds:int=3, # Repetitions, each with a seed of its own; the median counts
     one_by_one:int=24, # Prompts of the reference project's loop, one answer each
-    batch_size:int=64, # Rows of transformers' batch
+    batch_size:int=64, # Rows of transformers' batch; more or fewer made it no faster
     server=None, # A `Server` with the same model, to be measured too
-)->dict: # `ways` (name: answers, tokens, seconds), the ratios of tokens a second, and `quality` against plain `generate`
+)->dict: # `ways` (name: answers, tokens, seconds), `at_once` (rows written together), the ratios of tokens a second, and `quality` against plain `generate`
     "Candidates by the reference project's loop, by batched `generate`, and by continuous batching"
     said = {}
     def do(name, f):
-        def run(): said[name] = f(); return amount(said[name])
+        def run():
+            told = said.setdefault(name, [])
+            told.append(f(len(told)))
+            return amount(told[-1])
         return run
-    few = sorted(prompts, key=len)[len(prompts)//2%max(1, len(prompts)//one_by_one)::max(1, len(prompts)//one_by_one)][:one_by_one]
-    ways = {'reference loop': do('reference loop', lambda: by_generate(llm, few, 1, s, 1)),
-            'generate, batched': do('generate, batched', lambda: by_generate(llm, prompts, n, s, batch_size)),
-            'generate_batch': do('generate_batch', lambda: by_generate_batch(llm, few, s)),
-            'selfalign': do('selfalign', lambda: llm.generate(prompts, n, s))}
-    if server: ways['server'] = do('server', lambda: server.generate(prompts[::2], n, s))
-    llm.generate(prompts[:1], 1, replace(s, max_new_tokens=2))  # what is made once is made before
+    def told(name): return quality(llm, prompts, [[c for cs in each for c in cs] for each in zip(*said[name])])
+    few, half = sorted(prompts, key=len), prompts[::2]
+    few = [few[i*len(few)//one_by_one] for i in range(one_by_one)]  # of all lengths
+    ways = {'reference loop': do('reference loop', lambda k: by_generate(llm, few, 1, s, 1, k)),
+            'generate, batched': do('generate, batched', lambda k: by_generate(llm, prompts, n, s, batch_size, k)),
+            'generate_batch': do('generate_batch', lambda k: by_generate_batch(llm, [p for p in half for _ in range(n)], s, k)),
+            'selfalign': do('selfalign', lambda k: llm.generate(prompts, n, s, k, 128))}
+    if server: ways['server'] = do('server', lambda k: server.generate(half, n, s, k))
+    for m in (llm, server) if server else (llm,): m.generate(prompts[:4], 1, replace(s, max_new_tokens=2))  # what is made once is made before
     got = take_turns(ways, rounds)
     speed = {k: v['tokens']/v['seconds'] for k,v in got.items()}
     names = {'reference loop': 'speedup_vs_reference_loop', 'generate, batched': 'speedup_vs_generate', 'generate_batch': 'speedup_vs_generate_batch', 'server': 'speedup_vs_server'}
-    return dict(ways=got, tokens_per_second=speed, candidates_per_second={k: v['answers']/v['seconds'] for k,v in got.items()}, rounds=rounds, **{v: speed['selfalign']/speed[k] for k,v in names.items() if k in speed},
-                quality=differ(quality(llm, prompts, said['selfalign']), quality(llm, prompts, said['generate, batched'])))
+    at_once = {'reference loop': 1, 'generate, batched': batch_size, 'generate_batch': len(half)*n, 'selfalign': 128, **({'server': server.concurrency} if server else {})}
+    return dict(ways=got, at_once=at_once, tokens_per_second=speed, candidates_per_second={k: v['answers']/v['seconds'] for k,v in got.items()}, rounds=rounds, **{v: speed['selfalign']/speed[k] for k,v in names.items() if k in speed},
+                quality=differ(told('selfalign'), told('generate, batched')))
 
 # %% ../nbs/07a_bench.ipynb #a118fa9d
 def bench_prompts(
@@ -166,7 +175,7 @@ def plot_sampling(
     "Tokens a second of each way"
     ax = sns.barplot(x=list(costs['tokens_per_second'].values()), y=list(costs['tokens_per_second']), color='C0')
     for i,(k,v) in enumerate(costs['tokens_per_second'].items()): ax.text(v, i, f' {v:.0f}', va='center')
-    ax.set(xlabel='tokens a second', title=f'{costs["ways"]["selfalign"]["answers"]} answers, median of {costs["rounds"]}'); ax.margins(x=.12)
+    ax.set(xlabel=f'tokens a second, median of {costs["rounds"]}'); ax.margins(x=.12)
     return ax
 
 # %% ../nbs/07a_bench.ipynb #9f397d3b
@@ -189,8 +198,19 @@ def layer_weights(
     return sum(m.weight.numel() for m in llm.model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
 
 # %% ../nbs/07a_bench.ipynb #bf5280a9
-kinds = {'products': ('mm', 'bmm', 'addmm', 'linear', 'qlinear_pointwise'), 'attention': ('_scaled_dot_product_flash_attention_for_cpu',),
+kinds = {'products': ('mm', 'bmm', 'addmm', 'addmm_', 'linear', 'qlinear_pointwise'),
+         'attention': ('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention_for_cpu_backward'),
+         'number by number': ('mul', 'add', 'add_', 'sub', 'div', 'neg', 'pow', 'exp', 'rsqrt', 'mean', 'sum', 'gelu', 'gelu_backward', 'where', 'eq', 'lt', 'masked_fill_', 'bitwise_not'),
          'finding the best tokens': ('topk', 'sort', 'amax', 'gather', 'argmax', 'cumsum', 'index'), 'copying': ('copy_', 'cat', '_index_put_impl_', 'fill_', 'scatter_', 'to')}
+
+def by_kind(
+    p, # A torch profiler that has ended
+)->dict: # Kind of operation: share of the time
+    "Where the time went"
+    own = {e.key.split('::')[-1]: e.self_cpu_time_total for e in p.key_averages()}
+    total = sum(own.values())
+    res = {k: sum(own.get(o, 0) for o in ops)/total for k,ops in kinds.items()}
+    return {**res, 'other': 1-sum(res.values())}
 
 def shares(
     f, # What to look at
@@ -198,10 +218,7 @@ def shares(
     "Where the time of a computation goes, by torch's profiler"
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU]) as p: f()
-    own = {e.key.split('::')[-1]: e.self_cpu_time_total for e in p.key_averages()}
-    total = sum(own.values())
-    res = {k: sum(own.get(o, 0) for o in ops)/total for k,ops in kinds.items()}
-    return {**res, 'norms and other': 1-sum(res.values())}
+    return by_kind(p)
 
 def use_of_machine(
     llm:LLM, # The model, on a CPU
@@ -245,37 +262,74 @@ def train_once(
     pairs:list, # Rows with `prompt`, `chosen`, `rejected`
     ours:bool, # By `train_dpo`, or by a bare DPOTrainer?
     kw:dict, # Of `train_defaults`
+    callbacks:list=(), # More of transformers' TrainerCallbacks
 )->dict: # `step` (median seconds), `whole` (seconds of everything but loading), `steps`
     "Train for a few steps and time them"
     llm, times, s = load(model, device='cpu'), [], settings(kw)
-    t = time.perf_counter()
+    t, callbacks = time.perf_counter(), [step_times(times), *callbacks]
     with tempfile.TemporaryDirectory() as out:
-        if ours: train_dpo(pairs, llm, Path(out)/'m', callbacks=[step_times(times)], **kw)
+        if ours: train_dpo(pairs, llm, Path(out)/'m', callbacks=callbacks, **kw)
         else:
             from datasets import Dataset
             from transformers import PrinterCallback
             from trl import DPOConfig, DPOTrainer
             args = trainer_args(DPOConfig, s, Path(out), llm, beta=s['beta'])
-            bare = DPOTrainer(llm.model, args=args, train_dataset=Dataset.from_list([to_trl(p) for p in pairs]), processing_class=llm.tok, peft_config=lora(s), callbacks=[step_times(times)])
+            bare = DPOTrainer(llm.model, args=args, train_dataset=Dataset.from_list([to_trl(p) for p in pairs]), processing_class=llm.tok, peft_config=lora(s), callbacks=callbacks)
             bare.remove_callback(PrinterCallback)
             bare.train()
     return dict(step=sorted(times[1:])[len(times[1:])//2], whole=time.perf_counter()-t, steps=len(times))
 
+# %% ../nbs/07a_bench.ipynb #ee92521c
+def look(
+    found:dict, # Filled with `operations` (of a step's products), `seconds` (median) and `where` (of `by_kind`)
+):
+    "A TrainerCallback that counts the second step's operations, sees where the third one's time goes, and times the rest"
+    import torch
+    from contextlib import nullcontext
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import TrainerCallback
+    def product(out, a, b, *_, **kw): return 2*a[0]*a[1]*b[1]  # the backward pass of the output layer adds in place, which torch does not count
+    ways = {1: lambda: FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}), 2: lambda: profile(activities=[ProfilerActivity.CPU])}
+    class Look(TrainerCallback):
+        times = []
+        def on_step_begin(self, args, state, control, **kw):
+            self.by, self.t = ways.get(state.global_step, nullcontext)(), time.perf_counter()
+            self.by.__enter__()
+        def on_step_end(self, args, state, control, **kw):
+            self.by.__exit__(None, None, None)
+            if state.global_step==2: found['operations'] = self.by.get_total_flops()
+            elif state.global_step==3: found['where'] = by_kind(self.by)
+            elif state.global_step>3: self.times.append(time.perf_counter()-self.t); found['seconds'] = sorted(self.times)[len(self.times)//2]
+    return Look()
+
+def use_in_training(
+    model:str, # A model's name
+    pairs:list, # Rows with `prompt`, `chosen`, `rejected`, as many as `batch_size`: every step reads the same
+    kw:dict, # Of `train_defaults`
+)->dict: # `peak` (operations a second), `share` of it, `seconds` a step, `operations` of its products, `where` (of `by_kind`)
+    "How much of the machine's matmul peak a step of `train_dpo` reaches, and where the rest goes"
+    found = {}
+    train_once(model, pairs, True, {**kw, 'max_steps': 8}, [look(found)])
+    peak = matmul_peak()
+    return dict(peak=peak, share=found['operations']/found['seconds']/peak, **found)
+
+# %% ../nbs/07a_bench.ipynb #d554d6d1
 def training_costs(
     model:str='embedded', # A model's name
     pairs:list=None, # Pairs to train on; those of the embedded data set unless given
     rounds:int=3, # Trainings of each kind
     **kw, # Of `train_defaults`
-)->dict: # `ours` and `trl`: `step`, `whole`, `peak_gb`; and the ratios
+)->dict: # `ours` and `trl`: `step`, `whole`, `peak_gb`; the ratios; `machine`, of `use_in_training`
     "Step time and peak memory of our DPO against a bare TRL DPOTrainer with the same settings"
     kw = {**dict(batch_size=4, micro_batch=4, max_length=256, epochs=2., save_steps=1000), **kw}
     pairs = pairs or [dict(prompt=p['prompt'], chosen=p['good'], rejected=p['bad']) for p in reply_pairs(load_replies(load_messages('embedded')))[:16]]
-    runs = {'trl': [], 'ours': []}
+    machine, runs = apart(use_in_training, model, pairs[:kw['batch_size']], kw), {'trl': [], 'ours': []}
     for _ in range(rounds):
         for k in runs: runs[k].append(apart(train_once, model, pairs, k=='ours', kw))
     got = {k: {m: sorted(r[m] for r in v)[len(v)//2] for m in v[0]} for k,v in runs.items()}
     def ratio(m): return got['ours'][m]/got['trl'][m]
-    return dict(**got, rounds=rounds, step_time_vs_trl=ratio('whole'), step_time_cached_vs_trl=ratio('step'), peak_memory_vs_trl=ratio('peak_gb'))
+    return dict(**got, rounds=rounds, machine={k: v for k,v in machine.items() if k!='peak_gb'}, step_time_vs_trl=ratio('whole'), step_time_cached_vs_trl=ratio('step'), peak_memory_vs_trl=ratio('peak_gb'))
 
 # %% ../nbs/07a_bench.ipynb #5fe0ebaa
 def startup_costs(

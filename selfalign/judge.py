@@ -16,11 +16,13 @@ __all__ = ['criteria', 'digits', 'rubric', 'content_free', 'anchors', 'joint_for
 
 # %% ../nbs/03_judge.ipynb #e614c66f
 import json, math, random, re, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from .data import BadInput, nearest, read_json, read_table
 from .weights import resolve
 from .llm import LLM, Sampling, choice_ids, pad_left
+from .server import Server
 from .candidates import Rows, prefix, rank, repetition, row_key, say_reused, share
 
 # %% ../nbs/03_judge.ipynb #7fe961e0
@@ -89,11 +91,11 @@ def information(
     completions:list, # One answer to each
     system:str=prefix, # Said before each instruction
     progress:str='', # Label of a progress bar
-)->list: # A pair of arrays for each: nats per token, log p per token; the last token is the end of the turn
+)->list: # A pair of arrays for each: nats per token, log p per token; the last token is the end of the turn. None where a server did not answer (`Server.leniently`)
     "What each token of an answer owes to the question: log p(token | question) - log p(token | a content-free request)"
     asked = llm.logprobs([llm.render(p, system) for p in prompts], completions, progress=progress)
     free = llm.logprobs([llm.render(content_free, system)]*len(prompts), completions, progress=progress and progress+', content-free')
-    return [(a-f, a) for a,f in zip(asked, free)]
+    return [None if a is None or f is None else (a-f, a) for a,f in zip(asked, free)]
 
 # %% ../nbs/03_judge.ipynb #71cef137
 def pieces(
@@ -125,7 +127,9 @@ def voice(
     full = [i for i,r in enumerate(rows) if r['completion'].strip()]
     info = information(llm, [rows[i]['prompt'] for i in full], [rows[i]['completion'] for i in full], system, progress)
     res = [None]*len(rows)
-    for i,(pmi,lp) in zip(full, info):
+    for i,told in zip(full, info):
+        if told is None: continue
+        pmi, lp = told
         new = fresh(pieces(llm, rows[i]['prompt']), pieces(llm, rows[i]['completion']))
         gain, own = sum(g for g,n in zip(pmi[:-1].tolist(), new) if n), [x for x,n in zip(lp[:-1].tolist(), new) if n]
         res[i] = dict(substance=gain, density=gain/len(new), belief=sum(own)/len(own) if own else -math.log(len(llm.tok)), fluency=float((lp-pmi)[:-1].mean()),
@@ -265,9 +269,10 @@ def listen(
     voice_:str, # Of `voices`
     system:str=prefix, # Said before each instruction
     progress:str='', # Label of a progress bar
-)->list: # For each row what JSON can hold: probabilities of the digits, a dict of `voice`, or a grade or None
+)->list: # For each row what JSON can hold: probabilities of the digits, a dict of `voice`, or a grade or None; None where a server did not answer (`Server.leniently`)
     "What one voice says about every row, as it comes"
-    if voice_=='words': return digit_probs(llm, rows, progress).tolist()
+    import numpy as np
+    if voice_=='words': return [None if getattr(llm, 'lenient', False) and np.isnan(p).any() else p.tolist() for p in digit_probs(llm, rows, progress)]
     return voice(llm, rows, system, progress) if voice_=='likelihood' else joint_scores(llm, rows, progress=progress)
 
 def understand(
@@ -379,12 +384,17 @@ def grade(
     wanted = {k for ks in keys.values() for k in ks if k}
     with Rows(out, wanted) as made:
         say_reused(progress, made, len(wanted), 'grades')
+        trouble, go_on = None, llm.leniently if isinstance(llm, Server) else nullcontext
         for v,ks in keys.items():
             todo = list({k: r for k,r in zip(ks, rows) if k and k not in made}.items())
             parts = [todo[i:i+chunk] for i in range(0, len(todo), chunk)]
             for i,part in share(list(enumerate(parts))):
                 label = progress and rank()==0 and f'{progress}, {v} {min((i+1)*chunk, len(todo))}/{len(todo)}' or ''
-                made.add({k: {v: x} for (k,_),x in zip(part, listen(llm, [r for _,r in part], v, system, label))})
+                with go_on(): said = {k: {v: x} for (k,_),x in zip(part, listen(llm, [r for _,r in part], v, system, label)) if x is not None or v=='joint'}
+                made.add(said)
+                trouble = trouble or getattr(llm, 'trouble', None)
+                if trouble and not said: break
+        if trouble: raise trouble
         made.gather()
         custom = habit(llm) if calibrate and 'words' in keys else None
         def one(i): return understand({v: [made[ks[i]][v]] for v,ks in keys.items()}, custom, temperature)[0]

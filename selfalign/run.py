@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'parted', 'shared', 'which', 'example', 'commands', 'together', 'checked',
-           'read_recipe', 'read_weights', 'read_gap', 'read_yaml', 'model_key', 'Run', 'peak_gb', 'say', 'rows_of',
-           'versions', 'train_rows', 'test_rows', 'do_data', 'do_candidates', 'do_judge', 'do_pairs', 'card_title',
-           'card_results', 'do_dpo', 'answering', 'ask', 'do_reference', 'do_answer', 'tidy', 'do_evaluate',
-           'grid_points', 'borrow', 'frontier_row', 'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said',
-           'summary', 'tell', 'run_all', 'overs', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit',
-           'audit_data', 'cmd_curve', 'plot_curve', 'to_json', 'cmd_frontier', 'example_answers', 'finished',
-           'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off',
-           'fail', 'main']
+           'read_recipe', 'read_weights', 'read_gap', 'read_yaml', 'Run', 'peak_gb', 'say', 'rows_of', 'versions',
+           'train_rows', 'test_rows', 'do_data', 'do_candidates', 'do_judge', 'do_pairs', 'card_title', 'card_results',
+           'do_dpo', 'answering', 'ask', 'do_reference', 'do_answer', 'tidy', 'do_evaluate', 'grid_points', 'borrow',
+           'frontier_row', 'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said', 'summary', 'tell', 'run_all',
+           'overs', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'cmd_curve',
+           'plot_curve', 'to_json', 'cmd_frontier', 'example_answers', 'finished', 'cmd_compare', 'cmd_qa', 'cmd_bench',
+           'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off', 'fail', 'main']
 
 # %% ../nbs/08_run.ipynb #e56fd3b6
 import hashlib, json, math, os, random, re, shutil, sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
 from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_replies, fingerprint, nearest, prepare, read_json, read_jsonl, repo_file, write_json, write_jsonl
-from .weights import resolve
+from .weights import model_key, resolve
 from .llm import Sampling, load, pick_device
-from .server import Server
-from .candidates import barrier, n_ranks, on_first, prefix, rank, sample
+from .server import Server, api_url
+from .candidates import barrier, locked, n_ranks, on_first, prefix, rank, sample
 from .judge import anchors, audit, audit_table, criteria, find_audit, good_replies, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
 from .pairs import make_pairs, strategies
 from .dpo import answer_rows, halve, judge_lessons, model_card, sharded, train_dpo, train_sft, watch
@@ -196,14 +195,7 @@ steps = { # step: (file it writes, files it reads, recipe keys it uses, does it 
 
 asked = {'candidates': lambda run: train_rows(run), 'reference': lambda run: test_rows(run)}  # which instructions a step asks is part of its key
 
-def model_key(
-    model:str, # A model's name
-)->str:
-    "What identifies a model without loading it: where it lies, and the digests of its adapters"
-    where, adapters = resolve(model)
-    files = sorted(Path(where).glob('*.safetensors')) if Path(where).is_dir() else []
-    files = [f'{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}' for f in files]
-    return '|'.join([str(where), *files, *(fingerprint(Path(a)/'adapter_model.safetensors') for a in adapters)])
+
 
 # %% ../nbs/08_run.ipynb #5d87d34e
 class Run:
@@ -214,12 +206,17 @@ class Run:
     ):
         self.r, self.data, self.models = recipe, Path(root)/'data'/recipe['name'], Path(root)/'models'/recipe['name']
         self.file = self.data/'run.json'
-        self.record = read_json(self.file) if self.file.exists() else {}
-        if not isinstance(self.record, dict): raise BadInput(f'{self.file}: not a record of a run; remove it')
-        self.llm, self.frozen, self.far, self.resume = None, None, None, True
+        self.llm, self.frozen, self.far, self.resume, self.mine = None, None, None, True, False
+        self.recall()
+        if recipe['server']: api_url(recipe['server'])
         mine, adapters = self.models.resolve(), on_first(lambda: resolve(recipe['model'])[1])  # the embedded model is made at its first use
         if any(Path(p).resolve()==mine for p in (recipe['model'], *adapters)):
             raise BadInput(f'{self.models}: this run would overwrite the model it starts from; give the recipe another name')
+
+    def recall(self):
+        "Read `run.json`"
+        self.record = read_json(self.file) if self.file.exists() else {}
+        if not isinstance(self.record, dict): raise BadInput(f'{self.file}: not a record of a run; remove it')
 
     def path(self,
         name:str, # Name of a file of the run
@@ -238,6 +235,14 @@ class Run:
         if not r['server']: return self.model()
         if self.far is None: self.far = Server(r['server'], r['model'], r['served'], r['concurrency'], r['timeout'])
         return self.far
+
+    def served(self)->str:
+        "The name the server gives the model; what it was, where the server has gone: finished steps need none"
+        if self.r['served']: return self.r['served']
+        try: self.record['served'] = self.writer().name
+        except BadInput:
+            if not self.record.get('served'): raise
+        return self.record['served']
 
     @property
     def judge_name(self): return self.r['judge_model'] or self.r['model']
@@ -259,9 +264,14 @@ class Run:
         if spread: dev, dtype = 'cpu', str(pick_device(dev, dtype)[1]).split('.')[-1]
         return load(model or self.r['model'], adapter, dev, dtype, bits)
 
+    def told(self)->dict: # Of `audit`, or None
+        "The judge's audit: one made for this run, `data/<name>/audit.json`, or the one beside the judge's adapter"
+        mine = self.data/'audit.json'
+        return read_json(mine) if mine.exists() else find_audit(self.judge_name)
+
     def judging(self)->dict:
-        "What the recipe and the model's audit say about grading: `mix`, `weights`, `calibrate`"
-        told = find_audit(self.judge_name) if self.r['judge']=='mix' else None
+        "What the recipe and the judge's audit say about grading: `mix`, `weights`, `calibrate`"
+        told = self.told() if self.r['judge']=='mix' else None
         return dict(mix=told and told.get('mix'), weights=read_weights(self.r['weights'], self.r['name']) or None, calibrate=bool(self.r['calibrate']))
 
     def key(self,
@@ -274,8 +284,9 @@ class Run:
                 maker = next(s for s,v in steps.items() if v[0]==f)
                 raise BadInput(f'{self.path(f)}: no such file; run `selfalign {maker}` first')
         parts = {k: self.r[k] for k in names.split()} | {f: fingerprint(self.path(f)) for f in reads} | ({'weights': model_key(self.r['model'])} if uses else {})
+        if 'second_judge' in names.split() and self.r['second_judge']: parts['second'] = model_key(self.r['second_judge'])
         if 'judge' in names.split(): parts.update(anchors=anchors, mix=self.judging()['mix'], frozen=model_key(self.judge_name))
-        if self.r['server'] and (step in ('candidates', 'reference') or (step in ('judge', 'evaluate') and not self.r['judge_model'])): parts['served'] = self.r['served'] or self.writer().name
+        if self.r['server'] and (step in ('candidates', 'reference') or (step in ('judge', 'evaluate') and not self.r['judge_model'])): parts['served'] = self.served()
         if step in asked: parts['rows'] = hashlib.sha256(json.dumps([[r['prompt_id'], r['prompt']] for r in asked[step](self)], ensure_ascii=False).encode()).hexdigest()
         if step=='data':
             source = repo_file(EMBEDDED) if self.r['data']=='embedded' else Path(self.r['data'])
@@ -295,29 +306,26 @@ class Run:
 
     @contextmanager
     def alone(self):
-        "Nobody else may write into the run's folder meanwhile; `BadInput` if somebody does"
-        from filelock import FileLock, Timeout
-        self.data.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.data/'.lock')
-        try:
-            if rank()==0: lock.acquire(timeout=0)
-        except Timeout: raise BadInput(f'{self.data}: another selfalign is at work in this folder; wait for it, or choose another --root') from None
-        try: barrier(); yield
-        finally: lock.release()
+        "Nobody else may write into the run's folder meanwhile; `BadInput` if somebody does. What was done there before is read anew"
+        if self.mine: yield; return
+        with locked(self.data/'.lock', f'{self.data}: another selfalign is at work in this folder; wait for it, or choose another --root') if rank()==0 else nullcontext():
+            try: self.recall(); barrier(); self.mine = True; yield
+            finally: self.mine = False
 
     def step(self,
         name:str, # Of `steps`
         force:bool=False, # Do it even if it is finished?
     )->bool: # Was there anything to do?
         "Do one step unless it is finished, and write down what it took in, gave out and cost"
-        key, t = on_first(lambda: self.begin(name, force)), time.time()
-        if not key: return False
-        with self.alone(): counts = do[name](self) if name in parted else on_first(lambda: do[name](self))
-        if rank()==0:
-            done = self.record['steps'][name] = {**counts, 'key': key, 'seconds': round(time.time()-t, 1), 'peak_gb': peak_gb(), 'file': str(steps[name][0])}
-            self.save()
-            say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {done["seconds"]:.0f} s')
-        return True
+        with self.alone():
+            key, t = on_first(lambda: self.begin(name, force)), time.time()
+            if not key: return False
+            counts = do[name](self) if name in parted else on_first(lambda: do[name](self))
+            if rank()==0:
+                done = self.record['steps'][name] = {**counts, 'key': key, 'seconds': round(time.time()-t, 1), 'peak_gb': peak_gb(), 'file': str(steps[name][0])}
+                self.save()
+                say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {done["seconds"]:.0f} s')
+            return True
 
     def begin(self,
         name:str, # Of `steps`
@@ -383,10 +391,10 @@ def do_judge(run):
     "Grade the candidates; warn where the judge's audit says not to believe it"
     rows = read_jsonl(run.data/'candidates.jsonl')
     how, llm = run.judging(), run.judge()
-    told, before = find_audit(run.judge_name), llm.n_cut
+    told, before = run.told(), llm.n_cut
     exam = {told['mode']: told, **told.get('voices', {})}.get(run.r['judge']) if told and told['fingerprint']==llm.fingerprint() else None
     if exam: doubts = near_chance(exam, how['weights'])
-    else: doubts = [f'nobody has audited this judge ({run.r["judge"]}); `selfalign audit --model {run.judge_name} --mode {run.r["judge"]}{" --server "+run.r["server"] if llm is run.far else ""}` says how far it can be believed']
+    else: doubts = [f'nobody has audited this judge ({run.r["judge"]}); `selfalign audit --model {run.judge_name} --mode {run.r["judge"]}{" --server "+run.r["server"] if llm is run.far else ""} --out {run.data}/audit.json` says how far it can be believed']
     for s in doubts: say(f'            warning: {s}')
     chunk = 4*run.r['concurrency'] if llm is run.far else 64  # enough to keep a server busy
     out = grade(rows, llm, run.data/'scores.jsonl', run.r['judge'], run.r['system'], chunk, 'judge', **how)
@@ -448,7 +456,7 @@ def do_reference(run):
     "The model's own answers to the held-out instructions"
     llm = run.writer()
     if llm is run.far and not llm.fair(answering(run.r)):
-        say('            on this machine: with a repetition penalty the server would write longer answers than the trained model may')
+        say('            on this machine: the server does not sample as the trained model will, here')
         llm = run.model()
     out = ask(run, 'reference', llm)
     return {'in': len(out), 'out': len(out)}
@@ -514,6 +522,7 @@ def borrow(
             shutil.copy(base.data/v['file'], one.data/v['file'])
             one.record.setdefault('steps', {})[s] = v
     for f in base.data.glob('ref_logps_*.json'): shutil.copy(f, one.data/f.name)
+    one.save()
 
 def frontier_row(
     point:dict, # What differs
@@ -606,9 +615,10 @@ def run_all(
     fresh:bool=False, # Begin anew?
 )->Run:
     "All steps in order"
-    if fresh: on_first(run.forget)
-    for s in steps: run.step(s)
-    on_first(run.save)
+    with run.alone():
+        if fresh: on_first(run.forget)
+        for s in steps: run.step(s)
+        on_first(run.save)
     return run
 
 # %% ../nbs/08_run.ipynb #bf9d501f
@@ -690,8 +700,9 @@ def cmd_sft(
     replies = [r for r in load_replies(m) if r['prompt_id'] in train]
     llm = load(model)
     rows = answer_rows(replies)+judge_lessons(llm, replies, lessons, seed)
-    log = train_sft(rows, llm, out, resume, 'sft', epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, micro_batch=batch_size, save_steps=50, seed=seed,
-                    about=dict(lessons=lessons, damages=learned if lessons else []))
+    with locked(out.with_name(f'.{out.name}.lock'), f'{out}: another selfalign is training there; wait for it, or choose another --name') if rank()==0 else nullcontext():
+        log = train_sft(rows, llm, out, resume, 'sft', epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, micro_batch=batch_size, save_steps=50, seed=seed,
+                        about=dict(lessons=lessons, damages=learned if lessons else []))
     if rank(): return
     halve(out)
     model_card(out, f'{name}: warm start of {model}', f'Learns two roles from the training split of `{data}`: answering, from {len(rows)-lessons} replies, and judging, from {lessons} lessons (good, damaged and flawed answers, with their five grades each). Weights are stored in float16. Reproduce: `selfalign sft --name {name}`.\n\nHow far its grades can be believed: `selfalign audit --model models/{name} --mode mix --out models/{name}/audit.json`, whose result a run looks for there.')
@@ -705,7 +716,7 @@ def cmd_audit(
     mode:Param('Whose voice: words, likelihood, mix or joint', str, choices=modes)='mix',
     limit:int=40, # How many held-out answers to damage, at most
     seed:int=0, # Of the damages, and of which answers
-    out:str=None, # File to write the audit to, such as models/NAME/audit.json, where a run looks for it
+    out:str=None, # File to write the audit to: a run looks for data/RUN/audit.json, and for audit.json beside its judge's adapter
     json:store_true=False, # Print the whole audit as JSON and nothing else
     device:str=None, # cuda, mps or cpu; the best there is unless given
     dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
@@ -898,7 +909,7 @@ def cmd_bench(
     if limit<1 or rounds<1: raise BadInput('bench: limit and rounds must be at least 1')
     todo, res = topic or topics, {}
     llm = load(model, None, device, dtype) if {*todo} & {'sampling', 'grading'} else None
-    far = Server(server, model) if server else None
+    far = Server(server, model, concurrency=128) if server else None
     for t in todo:
         res[t] = bench(t, llm, model, rounds, limit, far)
         if not json: print(bench_table({t: res[t]}).to_string(), flush=True)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'aligned', 'cache_dir', 'join_parts', 'check_gguf',
-           'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'ensure_template', 'merge_system', 'render',
-           'strip_marks', 'resolve', 'check_adapter', 'explain']
+           'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'token_id', 'ensure_template', 'merge_system',
+           'render', 'turns', 'strip_marks', 'resolve', 'sampled', 'model_key', 'check_adapter', 'explain']
 
 # %% ../nbs/00a_weights.ipynb #38557407
 import hashlib, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .data import BadInput, nearest, read_json, repo_file
+from .data import BadInput, fingerprint, nearest, read_json, repo_file
 
 # %% ../nbs/00a_weights.ipynb #5c9acd99
 def cache_dir(
@@ -113,12 +113,20 @@ gemma_turns = (
 
 base_turns = gemma_turns.replace("| trim + '<end_of_turn>\n' }}", "| trim + (eos_token if m['role'] == 'assistant' else '<end_of_turn>') + '\n' }}")
 
+def token_id(
+    tok, # A tokenizer
+    txt:str, # A mark such as `<end_of_turn>`
+)->int: # None: not a token of its vocabulary
+    "The number of a token"
+    i = tok.convert_tokens_to_ids(txt)
+    return None if i==tok.unk_token_id and txt!=tok.unk_token else i
+
 def ensure_template(
     tok, # A tokenizer
 ):
     "Give `tok` Gemma's turns if it has no template but knows Gemma's marks; `BadInput` if neither"
     if tok.chat_template: return tok
-    if '<start_of_turn>' not in tok.get_vocab(): raise BadInput(f'{tok.name_or_path}: its tokenizer has no chat template; choose an instruction-tuned model')
+    if token_id(tok, '<start_of_turn>') is None: raise BadInput(f'{tok.name_or_path}: its tokenizer has no chat template; choose an instruction-tuned model')
     tok.chat_template = base_turns
     return tok
 
@@ -140,16 +148,22 @@ def render(
 )->str:
     "The conversation as the model's own chat text; a refused system role moves into the user's turn"
     from jinja2.exceptions import TemplateError
+    go, ms = (lambda ms: tok.apply_chat_template(ms, tokenize=False, add_generation_prompt=answer)), turns(tok, msgs)
+    try: return go(ms)
+    except TemplateError:
+        if not ms or ms[0]['role']!='system': raise
+    txt = go(merge_system(ms))
+    tok.refuses_system = True  # not to be asked again
+    return txt
+
+def turns(
+    tok, # Tokenizer with a chat template
+    msgs:list, # Messages `{role, content}`, oldest first
+)->list:
+    "The messages without control marks, and without a system role once the template has refused one"
     marks = [t for t in {*tok.all_special_tokens, *turn_marks} if len(t)>3]
     clean = [{**m, 'content': strip_marks(m['content'], marks)} for m in msgs]
-    go = lambda ms: tok.apply_chat_template(ms, tokenize=False, add_generation_prompt=answer)
-    if clean and clean[0]['role']=='system' and not getattr(tok, 'refuses_system', False):
-        try: return go(clean)
-        except TemplateError: pass
-        txt = go(merge_system(clean))
-        tok.refuses_system = True  # not to be asked again
-        return txt
-    return go(merge_system(clean))
+    return merge_system(clean) if getattr(tok, 'refuses_system', False) else clean
 
 def strip_marks(
     txt:str,    # Text of a turn
@@ -185,6 +199,27 @@ def resolve(
         near = [str(o) for o in p.parent.iterdir()] if len(p.parts)>1 and p.parent.is_dir() else ['embedded', 'embedded-base', 'embedded-aligned']
         raise BadInput(f'{model}: no such model; give embedded, a hub id (org/name), a folder or a .gguf file{nearest(model, near)}')
     return model, []
+
+# %% ../nbs/00a_weights.ipynb #478eeb3f
+def sampled(
+    f:Path, # A file
+    n:int=64, # How many places
+)->str: # 16 hex digits
+    "Digest of a file's size and of a page at each of `n` places in it"
+    size = f.stat().st_size
+    h = hashlib.sha256(str(size).encode())
+    with open(f, 'rb') as o:
+        for at in range(0, size, max(1, size//n)): o.seek(at); h.update(o.read(4096))
+    return h.hexdigest()[:16]
+
+def model_key(
+    model:str, # A model's name
+)->str:
+    "What identifies a model without loading it: its hub id, or samples of its files, and the digests of its adapters"
+    where, adapters = resolve(model)
+    made_of = ('*.safetensors', 'config.json', 'generation_config.json', 'tokenizer*', 'chat_template*', 'special_tokens_map.json', 'vocab*', 'merges.txt')
+    files = sorted({f for g in made_of for f in Path(where).glob(g) if f.is_file()}) if Path(where).is_dir() else [where]
+    return '|'.join([f'{f.name}:{sampled(f)}' if isinstance(f, Path) else str(f) for f in files]+[fingerprint(Path(a)/'adapter_model.safetensors') for a in adapters])
 
 # %% ../nbs/00a_weights.ipynb #c7495a80
 def check_adapter(
