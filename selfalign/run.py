@@ -23,7 +23,7 @@ from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_rep
 from .weights import model_key, resolve
 from .llm import Sampling, load, pick_device
 from .server import Server, api_url
-from .candidates import barrier, locked, n_ranks, on_first, prefix, rank, sample
+from .candidates import barrier, leave, locked, n_ranks, on_first, prefix, rank, sample
 from .judge import anchors, audit, audit_table, criteria, find_audit, good_replies, grade, learned, modes, near_chance, read_pairs, reply_pairs, seen_damages
 from .pairs import make_pairs, strategies
 from .dpo import answer_rows, halve, judge_lessons, model_card, sharded, train_dpo, train_sft, watch
@@ -1015,7 +1015,7 @@ def main(
     if n_ranks()>1 and argv[0] not in together: return fail(f'{argv[0]}: is done by one process; start it without a launcher')
     argv = [re.sub(r'(?<=\w)-', '_', a.split('=')[0])+a[len(a.split('=')[0]):] if a.startswith('--') else a for a in argv]  # --max-new-tokens is as good as --max_new_tokens
     args = {k: v for k,v in vars(anno_parser(commands[argv[0]], f'selfalign {argv[0]}').parse_args(argv[1:])).items() if k not in ('pdb', 'xtra')}
-    try: commands[argv[0]](**args)
+    try: commands[argv[0]](**args); leave()
     except BadInput as e: return fail(e)
     except RuntimeError as e:
         if n_ranks()==1 or not is_cut_off(e): raise
