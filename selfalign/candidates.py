@@ -86,7 +86,6 @@ def leave():
     if n_ranks()==1 or not _channel.cache_info().currsize: return
     import torch.distributed as dist
     barrier()
-    sys.stdout.flush(); sys.stderr.flush()
     dist.destroy_process_group()
 
 def on_first(
