@@ -10,6 +10,7 @@ __all__ = ['kinds', 'topics', 'take_turns', 'apart', 'with_peak', 'by_generate',
 
 # %% ../nbs/07a_bench.ipynb #9979dbf3
 import json, os, subprocess, sys, tempfile, time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,15 +134,16 @@ def sampling_costs(
     rounds:int=3, # Repetitions, each with a seed of its own; the median counts
     one_by_one:int=24, # Prompts of the reference project's loop, one answer each
     batch_size:int=64, # Rows of transformers' batch; more or fewer made it no faster
+    rows:int=128, # Rows of ours
     server=None, # A `Server` with the same model, to be measured too
 )->dict: # `ways` (name: answers, tokens, seconds), `at_once` (rows written together), the ratios of tokens a second, and `quality` against plain `generate`
     "Candidates by the reference project's loop, by batched `generate`, and by continuous batching"
     said = {}
     def do(name, f):
         def run():
-            told = said.setdefault(name, [])
-            told.append(f(len(told)))
-            return amount(told[-1])
+            rounds = said.setdefault(name, [])
+            rounds.append(f(len(rounds)))
+            return amount(rounds[-1])
         return run
     def told(name): return quality(llm, prompts, [[c for cs in each for c in cs] for each in zip(*said[name])])
     few, half = sorted(prompts, key=len), prompts[::2]
@@ -149,13 +151,13 @@ def sampling_costs(
     ways = {'reference loop': do('reference loop', lambda k: by_generate(llm, few, 1, s, 1, k)),
             'generate, batched': do('generate, batched', lambda k: by_generate(llm, prompts, n, s, batch_size, k)),
             'generate_batch': do('generate_batch', lambda k: by_generate_batch(llm, [p for p in half for _ in range(n)], s, k)),
-            'selfalign': do('selfalign', lambda k: llm.generate(prompts, n, s, k, 128))}
+            'selfalign': do('selfalign', lambda k: llm.generate(prompts, n, s, k, rows))}
     if server: ways['server'] = do('server', lambda k: server.generate(half, n, s, k))
     for m in (llm, server) if server else (llm,): m.generate(prompts[:4], 1, replace(s, max_new_tokens=2))  # what is made once is made before
     got = take_turns(ways, rounds)
     speed = {k: v['tokens']/v['seconds'] for k,v in got.items()}
     names = {'reference loop': 'speedup_vs_reference_loop', 'generate, batched': 'speedup_vs_generate', 'generate_batch': 'speedup_vs_generate_batch', 'server': 'speedup_vs_server'}
-    at_once = {'reference loop': 1, 'generate, batched': batch_size, 'generate_batch': len(half)*n, 'selfalign': 128, **({'server': server.concurrency} if server else {})}
+    at_once = {'reference loop': 1, 'generate, batched': batch_size, 'generate_batch': len(half)*n, 'selfalign': rows, **({'server': server.concurrency} if server else {})}
     return dict(ways=got, at_once=at_once, tokens_per_second=speed, candidates_per_second={k: v['answers']/v['seconds'] for k,v in got.items()}, rounds=rounds, **{v: speed['selfalign']/speed[k] for k,v in names.items() if k in speed},
                 quality=differ(told('selfalign'), told('generate, batched')))
 
@@ -281,26 +283,23 @@ def train_once(
 
 # %% ../nbs/07a_bench.ipynb #ee92521c
 def look(
-    found:dict, # Filled with `operations` (of a step's products), `seconds` (median) and `where` (of `by_kind`)
+    found:dict, # Filled with `operations` (of a step's products) and `where` (of `by_kind`)
 ):
-    "A TrainerCallback that counts the second step's operations, sees where the third one's time goes, and times the rest"
+    "A TrainerCallback that counts the second step's operations, and sees where the third one's time goes"
     import torch
-    from contextlib import nullcontext
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback
     def product(out, a, b, *_, **kw): return 2*a[0]*a[1]*b[1]  # the backward pass of the output layer adds in place, which torch does not count
     ways = {1: lambda: FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}), 2: lambda: profile(activities=[ProfilerActivity.CPU])}
     class Look(TrainerCallback):
-        times = []
         def on_step_begin(self, args, state, control, **kw):
-            self.by, self.t = ways.get(state.global_step, nullcontext)(), time.perf_counter()
+            self.by = ways.get(state.global_step, nullcontext)()
             self.by.__enter__()
         def on_step_end(self, args, state, control, **kw):
             self.by.__exit__(None, None, None)
             if state.global_step==2: found['operations'] = self.by.get_total_flops()
             elif state.global_step==3: found['where'] = by_kind(self.by)
-            elif state.global_step>3: self.times.append(time.perf_counter()-self.t); found['seconds'] = sorted(self.times)[len(self.times)//2]
     return Look()
 
 def use_in_training(
@@ -309,10 +308,10 @@ def use_in_training(
     kw:dict, # Of `train_defaults`
 )->dict: # `peak` (operations a second), `share` of it, `seconds` a step, `operations` of its products, `where` (of `by_kind`)
     "How much of the machine's matmul peak a step of `train_dpo` reaches, and where the rest goes"
-    found = {}
-    train_once(model, pairs, True, {**kw, 'max_steps': 8}, [look(found)])
-    peak = matmul_peak()
-    return dict(peak=peak, share=found['operations']/found['seconds']/peak, **found)
+    found, times = {}, []
+    train_once(model, pairs, True, {**kw, 'max_steps': 8}, [step_times(times), look(found)])
+    peak, seconds = matmul_peak(), sorted(times[3:])[len(times[3:])//2]  # the first steps were looked at
+    return dict(peak=peak, share=found['operations']/seconds/peak, seconds=seconds, **found)
 
 # %% ../nbs/07a_bench.ipynb #d554d6d1
 def training_costs(

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .data import BadInput, hash01, nearest, read_json, write_json, write_jsonl, write_text
-from .weights import merge_system
+from .weights import merge_system, said_to
 from .llm import LLM, Sampling, bar, end_of_turn, pad_right
 from .candidates import barrier, n_ranks, on_first, prefix, rank, repetition
 from .judge import damage, damages, good_replies, judge_rows, judge_texts, learned
@@ -25,8 +25,7 @@ def user_turn(
     system:str=prefix, # Said before it
 )->list:
     "The instruction as a conversation of one user turn"
-    sys = [dict(role='system', content=system)] if system else []
-    return merge_system([*sys, dict(role='user', content=prompt.strip())])
+    return merge_system(said_to(prompt.strip(), system))
 
 def to_trl(
     pair:dict, # Row with `prompt`, `chosen`, `rejected`

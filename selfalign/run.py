@@ -16,6 +16,7 @@ __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'parted', 'shared', 'which
 import hashlib, json, math, os, random, re, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
@@ -195,8 +196,6 @@ steps = { # step: (file it writes, files it reads, recipe keys it uses, does it 
 
 asked = {'candidates': lambda run: train_rows(run), 'reference': lambda run: test_rows(run)}  # which instructions a step asks is part of its key
 
-
-
 # %% ../nbs/08_run.ipynb #5d87d34e
 class Run:
     "One run: its recipe, its folders, and its record `run.json`"
@@ -236,6 +235,7 @@ class Run:
         if self.far is None: self.far = Server(r['server'], r['model'], r['served'], r['concurrency'], r['timeout'])
         return self.far
 
+    @cached_property
     def served(self)->str:
         "The name the server gives the model; what it was, where the server has gone: finished steps need none"
         if self.r['served']: return self.r['served']
@@ -286,7 +286,7 @@ class Run:
         parts = {k: self.r[k] for k in names.split()} | {f: fingerprint(self.path(f)) for f in reads} | ({'weights': model_key(self.r['model'])} if uses else {})
         if 'second_judge' in names.split() and self.r['second_judge']: parts['second'] = model_key(self.r['second_judge'])
         if 'judge' in names.split(): parts.update(anchors=anchors, mix=self.judging()['mix'], frozen=model_key(self.judge_name))
-        if self.r['server'] and (step in ('candidates', 'reference') or (step in ('judge', 'evaluate') and not self.r['judge_model'])): parts['served'] = self.served()
+        if self.r['server'] and (step in ('candidates', 'reference') or (step in ('judge', 'evaluate') and not self.r['judge_model'])): parts['served'] = self.served
         if step in asked: parts['rows'] = hashlib.sha256(json.dumps([[r['prompt_id'], r['prompt']] for r in asked[step](self)], ensure_ascii=False).encode()).hexdigest()
         if step=='data':
             source = repo_file(EMBEDDED) if self.r['data']=='embedded' else Path(self.r['data'])

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 from .data import BadInput
-from .weights import ensure_template, explain, model_key, render, resolve, turns
-from .llm import LLM, Completion, Sampling, bar, choice_ids, end_of_turn, said_to, stop_ids
+from .weights import ensure_template, explain, model_key, render, resolve, said_to, turns
+from .llm import LLM, Completion, Sampling, bar, choice_ids, end_of_turn, stop_ids
 
 # %% ../nbs/01a_server.ipynb #24b49410
 def api_url(
@@ -289,8 +289,9 @@ def each(self:Server,
             if good: got(good)
     if not reasons: return
     bad, said = sum(reasons.values()), '; '.join(f'{c} x {r}' if c>1 else r for r,c in reasons.most_common(3))
-    self.trouble = BadInput(f'{self.url}: {seen-bad} of {n} requests answered, {bad} failed'+(f', {n-seen} not sent any more' if seen<n else '')+f' ({said}); finished rows are kept, the same command goes on from there')
-    if not lenient: raise self.trouble
+    trouble = BadInput(f'{self.url}: {seen-bad} of {n} requests answered, {bad} failed'+(f', {n-seen} not sent any more' if seen<n else '')+f' ({said}); finished rows are kept, the same command goes on from there')
+    if not lenient: raise trouble
+    self.trouble = trouble
 
 @patch
 @contextmanager

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'aligned', 'cache_dir', 'join_parts', 'check_gguf',
-           'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'token_id', 'ensure_template', 'merge_system',
-           'render', 'turns', 'strip_marks', 'resolve', 'sampled', 'model_key', 'check_adapter', 'explain']
+           'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'token_id', 'ensure_template', 'said_to',
+           'merge_system', 'render', 'turns', 'strip_marks', 'resolve', 'sampled', 'model_key', 'check_adapter',
+           'explain']
 
 # %% ../nbs/00a_weights.ipynb #38557407
 import hashlib, os, shutil, tempfile
@@ -131,6 +132,14 @@ def ensure_template(
     return tok
 
 # %% ../nbs/00a_weights.ipynb #fa5fb30d
+def said_to(
+    prompt:str, # What the user says
+    system:str='', # Said before it
+    history:list=(), # Earlier messages `{role, content}`
+)->list:
+    "What is said to a model, as messages `{role, content}`"
+    return [*([dict(role='system', content=system)] if system else []), *history, dict(role='user', content=prompt)]
+
 def merge_system(
     msgs:list, # Messages `{role, content}`
 )->list:
