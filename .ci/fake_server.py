@@ -2,7 +2,7 @@
 
 `fault(n, body)` says what happens to the n-th request: None (an answer), a status (with `Retry-After` for 429), or one of
 `hang`, `cut` (the connection breaks inside the reply), `garbage` (no JSON), `empty` (no choices), `wrong` (wrong types), `nologprobs`.
-With `like='transformers'` it takes and refuses the fields that `transformers serve` does."""
+With `like='transformers'` or `like='llamacpp'` it takes and refuses the fields, and words its replies, as `transformers serve` or llama.cpp's server does."""
 import json, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -43,8 +43,9 @@ class Fake(ThreadingHTTPServer):
             last = torch.full_like(last, -torch.inf).index_copy(0, torch.tensor(keep), last[keep].log_softmax(-1))
         best = body['logprob_token_ids'] if 'logprob_token_ids' in self.knows and body.get('logprob_token_ids') else last.topk(body['logprobs']).indices.tolist()
         tops = {t(i): last[i].item() for i in best if last[i]>-torch.inf}
-        before = [None, *lp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()] if body.get('echo') else []
         new = last.argmax().item()
+        before = [None, *lp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()] if body.get('echo') else []
+        if self.like=='llamacpp': return dict(content=[dict(id=new, logprob=last[new].item(), top_logprobs=[dict(id=i, token=self.llm.tok.decode([i]), logprob=last[i].item()) for i in best])])
         return dict(tokens=[*map(t, ids if before else []), t(new)], token_logprobs=[*before, last[new].item()], top_logprobs=[*[{}]*len(before), tops])
 
 
@@ -60,7 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(dict(object='list', data=[dict(id=self.server.name, object='model', owned_by='vllm', max_model_len=2048)]) if self.path=='/v1/models' else {}, 200 if self.path=='/v1/models' else 404)
+        like, about = self.server.like, dict(id=self.server.name, object='model', owned_by=self.server.like)
+        if self.path!='/v1/models' or like=='transformers': return self.reply({}, 500 if self.path=='/v1/models' else 404)
+        self.reply(dict(object='list', data=[dict(about, max_model_len=2048) if like=='vllm' else dict(about, meta=dict(n_ctx=1024))]))
 
     def do_POST(self):
         s, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))
@@ -94,6 +97,9 @@ class Handler(BaseHTTPRequestHandler):
             more = {*body}-{'model', 'messages', 'max_tokens', 'temperature', 'top_p', 'seed', 'generation_config'}
             if more: return self.reply(dict(detail=f'Unexpected fields in the request: {more}'), 422)
             body = {**json.loads(body['generation_config']), **body}
+        if s.like=='llamacpp':
+            if body.get('repeat_last_n', 0)<0: return self.reply(dict(error=dict(message="Field 'repeat_last_n': Value must be between 0 <= value <= 2147483647, but got -1")), 400)
+            body = {**{k: v for k,v in body.items() if k not in ('echo', 'logprob_token_ids', 'structured_outputs')}, 'repetition_penalty': body.get('repeat_penalty', 1.)}
         chat = self.path=='/v1/chat/completions'
         ids = s.llm.tok(s.llm.tok.apply_chat_template(body['messages'], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids if chat else body['prompt']
         with s.model:

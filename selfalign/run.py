@@ -10,7 +10,7 @@ __all__ = ['keys', 'recipes', 'steps', 'asked', 'do', 'parted', 'shared', 'which
            'frontier_row', 'mark_dominated', 'plot_frontier', 'more_rounds', 'drift_said', 'summary', 'tell', 'run_all',
            'overs', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_sft', 'cmd_audit', 'audit_data', 'cmd_curve',
            'plot_curve', 'to_json', 'cmd_frontier', 'example_answers', 'finished', 'cmd_compare', 'cmd_qa', 'cmd_bench',
-           'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off', 'fail', 'main']
+           'cmd_merge', 'cmd_ask', 'cmd_chat', 'base_of', 'usage', 'quiet', 'is_cut_off', 'fail', 'main']
 
 # %% ../nbs/08_run.ipynb #e56fd3b6
 import hashlib, json, math, os, random, re, shutil, sys, time
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
 from .data import BadInput, EMBEDDED, load_instructions, load_messages, load_replies, fingerprint, nearest, prepare, read_json, read_jsonl, repo_file, write_json, write_jsonl
-from .weights import model_key, resolve
+from .weights import model_key, need_space, resolve, save_folder
 from .llm import Sampling, load, pick_device
 from .server import Server, api_url
 from .candidates import barrier, leave, locked, n_ranks, on_first, prefix, rank, sample
@@ -726,7 +726,7 @@ def cmd_audit(
     "How far can a judge be believed? Damaged answers, and people's verdicts"
     people, whose = (read_pairs(pairs)[0], 'people') if pairs else (None, '')
     good, ranked, made_up = audit_data(data, limit, seed)
-    if server and adapter: raise BadInput('audit: a server has weights of its own; merge --adapter and serve the result')
+    if server and adapter: raise BadInput(f'audit: a server has weights of its own; so write them into one, `selfalign merge {model} FOLDER --adapter {adapter}`, and serve that')
     llm = Server(server, model, served) if server else load(model, adapter, device, dtype)
     if people is None and ranked: people, whose = ranked, 'the author of the data set, not people' if made_up else 'people'
     res = audit(llm, good, mode, seen_damages(model, adapter), people, whose, seed, progress='' if json else 'audit')
@@ -916,6 +916,20 @@ def cmd_bench(
         if out: write_json(Path(out), {**(read_json(out) if Path(out).exists() else {}), t: res[t]})
     if json: print(to_json({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
 
+def cmd_merge(
+    model:str, # Model: an adapter's folder such as models/quickstart, embedded, a hub id, a folder
+    out:str, # Folder to write
+    adapter:str=None, # Adapter to put on top
+    dtype:Param('Of the weights written', str, choices=['float32', 'bfloat16', 'float16'])='float32',
+):
+    "Write a model with its adapters in its weights, as a folder that servers read"
+    out = Path(out)
+    if out.exists(): raise BadInput(f'{out}: is there already; name a folder that is not')
+    llm = load(model, adapter, 'cpu', dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    need_space(out.parent, sum(p.nbytes for p in llm.model.parameters())+10**8)  # the tokenizer
+    print(save_folder(llm.model, llm.tok, out))
+
 def cmd_ask(
     question:str, # What to ask
     model:str='embedded', # Model: embedded, a hub id, a folder, an adapter's folder such as models/quickstart
@@ -968,7 +982,7 @@ def base_of(
     return read_json(f)['base_model_name_or_path']
 
 # %% ../nbs/08_run.ipynb #35a6c1b0
-commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'curve': cmd_curve, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'ask': cmd_ask, 'chat': cmd_chat}
+commands = {'run': cmd_run, **{s: step_command(s) for s in list(steps)[:4]}, 'sft': cmd_sft, 'audit': cmd_audit, 'curve': cmd_curve, 'dpo': cmd_dpo, **{s: step_command(s) for s in list(steps)[5:]}, 'frontier': cmd_frontier, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'merge': cmd_merge, 'ask': cmd_ask, 'chat': cmd_chat}
 
 together = ['run', 'sft', *steps]  # commands that several processes can do together
 

@@ -66,8 +66,9 @@ class Server:
         self.n_cut, self.chat, self.refused, self.top, self.heard, self.whole = 0, False, set(), 20, False, False
         about = self.contact(served)
         self.name, self.owner = about['id'], str(about.get('owned_by', ''))
-        if isinstance(about.get('max_model_len'), int): self.window = min(self.window, about['max_model_len'])
-        if self.owner in ('vllm', 'sglang'): self.same_words(str(model))
+        rooms = about.get('max_model_len'), about['meta'].get('n_ctx') if isinstance(about.get('meta'), dict) else None  # vLLM's and llama.cpp's name for it
+        self.window = min([self.window, *(r for r in rooms if isinstance(r, int) and r>0)])
+        if self.owner in ('vllm', 'sglang', 'llamacpp'): self.same_words(str(model))
 
     encode = LLM.encode
     def __repr__(self): return f'Server({self.name} at {self.url}, {self.concurrency} requests at once)'
@@ -315,8 +316,10 @@ def contact(self:Server,
     try: once.each([job], 1, got.extend)
     except BadInput as e:
         if 'refuses the key' in str(e) or isinstance(e, NoClient): raise
-        if served and 'status 40' in str(e): return dict(id=served)
-        raise BadInput(f'{self.url}: no server answers there ({str(e).split("(", 1)[-1].rsplit(");", 1)[0]})') from None
+        said = str(e).split('(', 1)[-1].rsplit(');', 1)[0]
+        if not said.startswith('status'): raise BadInput(f'{self.url}: no server answers there ({said})') from None
+        if served: return dict(id=served)
+        raise BadInput(f'{self.url}: does not say what it serves ({said}); give the name with --set served=NAME') from None
     models = {m['id']: m for m in got[0][1]}
     if served and models and served not in models:
         if {m.get('owned_by') for m in models.values()} & {'vllm', 'sglang', 'llamacpp'}: raise BadInput(f'{self.url}: serves {", ".join(models)}, not {served}; give the right name with --set served=NAME')
@@ -355,7 +358,7 @@ def beyond(self:Server,
     "The settings that OpenAI's protocol lacks, as the server names them"
     if self.whole: return dict(generation_config=json.dumps(dict(do_sample=s.temperature>0, temperature=s.temperature or 1., top_k=s.top_k, top_p=s.top_p, repetition_penalty=s.repetition_penalty, max_new_tokens=s.max_new_tokens,
                                                                  eos_token_id=self.stop, pad_token_id=self.tok.pad_token_id)))
-    if 'llama' in self.owner: return dict(top_k=s.top_k, min_p=0., repeat_penalty=s.repetition_penalty, repeat_last_n=-1)
+    if 'llama' in self.owner: return dict(samplers=['penalties', 'temperature', 'top_k', 'top_p'], top_k=s.top_k, repeat_penalty=s.repetition_penalty, repeat_last_n=self.window)
     return dict(top_k=s.top_k or -1, repetition_penalty=s.repetition_penalty, stop_token_ids=self.stop)
 
 @patch

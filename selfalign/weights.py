@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['gemma_turns', 'base_turns', 'turn_marks', 'warm_start', 'aligned', 'cache_dir', 'join_parts', 'check_gguf',
-           'need_space', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'token_id', 'ensure_template', 'said_to',
-           'merge_system', 'render', 'turns', 'strip_marks', 'resolve', 'sampled', 'model_key', 'check_adapter',
-           'explain']
+           'need_space', 'save_folder', 'convert_gguf', 'embedded_base', 'tempfile_dir', 'token_id', 'ensure_template',
+           'said_to', 'merge_system', 'render', 'turns', 'strip_marks', 'resolve', 'sampled', 'model_key',
+           'check_adapter', 'explain']
 
 # %% ../nbs/00a_weights.ipynb #38557407
 import hashlib, os, shutil, tempfile
@@ -57,7 +57,20 @@ def need_space(
 ):
     "`BadInput` if the disk of `folder` has less than `n_bytes` free"
     free = shutil.disk_usage(folder).free
-    if free<n_bytes: raise BadInput(f'{folder}: the conversion needs {n_bytes/1e9:.1f} GB, {free/1e9:.1f} GB are free; make room or set SELFALIGN_CACHE to another disk')
+    if free<n_bytes: raise BadInput(f'{folder}: {n_bytes/1e9:.1f} GB are needed, {free/1e9:.1f} GB are free; make room, or choose another disk (SELFALIGN_CACHE, for converted models)')
+
+def save_folder(
+    model, # transformers model
+    tok, # Its tokenizer
+    out:Path, # Folder to write; it appears only when it is complete
+)->Path:
+    "Write an ordinary model folder: safetensors, config, tokenizer and chat template"
+    tmp = Path(f'{out}.{os.getpid()}.tmp')
+    try:
+        model.save_pretrained(tmp); tok.save_pretrained(tmp)
+        if not out.exists(): tmp.rename(out)  # another process may have been faster
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    return out
 
 # %% ../nbs/00a_weights.ipynb #ddc7fc0c
 def convert_gguf(
@@ -77,12 +90,7 @@ def convert_gguf(
     except Exception as e: raise BadInput(f'{gguf}: cannot be read as a GGUF model ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ""})') from e
     model.hf_quantizer = None
     del model.config.quantization_config
-    tmp = Path(f'{out}.{os.getpid()}.tmp')
-    try:
-        model.save_pretrained(tmp); tok.save_pretrained(tmp)
-        if not out.exists(): tmp.rename(out)  # another process may have been faster
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return out
+    return save_folder(model, tok, out)
 
 # %% ../nbs/00a_weights.ipynb #7a030594
 def embedded_base(
