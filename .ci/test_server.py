@@ -267,11 +267,11 @@ def real():
     return Server(url, 'embedded', os.environ.get('SELFALIGN_TEST_SERVED', '')), load('embedded', device='cpu'), qs
 
 
-def can(f, *args):
-    "What a verb gives, or a skipped test where the server says that it cannot"
-    try: return f(*args)
+def can(s, verb, *args):
+    "What a verb gives, or a skipped test where a server other than vLLM says that it cannot"
+    try: return getattr(s, verb)(*args)
     except BadInput as e:
-        if 'can answer but not grade' in str(e) or 'of a given text' in str(e): pytest.skip(str(e))
+        if s.owner!='vllm' and ('can answer but not grade' in str(e) or 'of a given text' in str(e)): pytest.skip(str(e))
         raise
 
 
@@ -281,14 +281,14 @@ def test_a_real_server_weighs_as_we_do(real):
     want, near = llm.weigh(heads, tails, digits), 5e-3 if s.owner=='llamacpp' else 1e-3  # it keeps parts of its numbers in 16 bits
     for refused in (set(), {'logprob_token_ids'}):
         s.refused = refused
-        got = can(s.weigh, heads, tails, digits)
+        got = can(s, 'weigh', heads, tails, digits)
         assert np.allclose(got, want, atol=near) and np.allclose(expected(got)[0], expected(want)[0], atol=10*near)
 
 
 def test_a_real_server_reads_as_we_do(real):
     s, llm, qs = real
     ps, texts = [s.render(q, prefix) for q in qs[:4]], ['Потому что так устроен мир.', 'Да.', 'Нет, это не так.', 'Не знаю']
-    for a,b in zip(can(s.logprobs, ps, texts), llm.logprobs(ps, texts)): assert np.allclose(a, b, atol=.01)
+    for a,b in zip(can(s, 'logprobs', ps, texts), llm.logprobs(ps, texts)): assert np.allclose(a, b, atol=.01)
 
 
 def test_a_real_server_answers_as_we_do(real):
