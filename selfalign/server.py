@@ -192,7 +192,9 @@ def yields(self:Server,
     if code in (404, 405, 501) and endpoint=='completions' and not ('model' in txt and 'exist' in txt): return self.only_chat('has no /v1/completions')
     if code not in (400, 422): return False
     named = {n for n in extra if n in txt}
-    if named and 'unexpected fields' in txt and not self.whole: self.whole = True; return True  # transformers serve takes a generation_config instead
+    if named and 'unexpected fields' in txt and not self.whole:  # transformers serve takes a generation_config instead
+        self.whole = True
+        return self.concurrency==1 or notice(f'{self.url}: has one seed for all requests under way, so its answers can be had again only with --set concurrency=1')
     if named:
         self.refused |= named
         return notice(f'{self.url}: does not know {", ".join(sorted(named))}; going on without')
