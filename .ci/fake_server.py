@@ -43,8 +43,8 @@ class Fake(ThreadingHTTPServer):
             last = torch.full_like(last, -torch.inf).index_copy(0, torch.tensor(keep), last[keep].log_softmax(-1))
         best = body['logprob_token_ids'] if 'logprob_token_ids' in self.knows and body.get('logprob_token_ids') else last.topk(body['logprobs']).indices.tolist()
         tops = {t(i): last[i].item() for i in best if last[i]>-torch.inf}
-        new = last.argmax().item()
         before = [None, *lp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()] if body.get('echo') else []
+        new = last.argmax().item()
         if self.like=='llamacpp': return dict(content=[dict(id=new, logprob=last[new].item(), top_logprobs=[dict(id=i, token=self.llm.tok.decode([i]), logprob=last[i].item()) for i in best])])
         return dict(tokens=[*map(t, ids if before else []), t(new)], token_logprobs=[*before, last[new].item()], top_logprobs=[*[{}]*len(before), tops])
 

@@ -141,20 +141,20 @@ def sampling_costs(
     said = {}
     def do(name, f):
         def run():
-            rounds = said.setdefault(name, [])
-            rounds.append(f(len(rounds)))
-            return amount(rounds[-1])
+            mine = said.setdefault(name, [])
+            mine.append(f(len(mine)))
+            return amount(mine[-1])
         return run
     def told(name): return quality(llm, prompts, [[c for cs in each for c in cs] for each in zip(*said[name])])
     few, half = sorted(prompts, key=len), prompts[::2]
     few = [few[i*len(few)//one_by_one] for i in range(one_by_one)]  # of all lengths
-    ways = {'reference loop': do('reference loop', lambda k: by_generate(llm, few, 1, s, 1, k)),
-            'generate, batched': do('generate, batched', lambda k: by_generate(llm, prompts, n, s, batch_size, k)),
-            'generate_batch': do('generate_batch', lambda k: by_generate_batch(llm, [p for p in half for _ in range(n)], s, k)),
-            'selfalign': do('selfalign', lambda k: llm.generate(prompts, n, s, k, rows))}
-    if server: ways['server'] = do('server', lambda k: server.generate(half, n, s, k))
+    ways = {'reference loop': lambda k: by_generate(llm, few, 1, s, 1, k),
+            'generate, batched': lambda k: by_generate(llm, prompts, n, s, batch_size, k),
+            'generate_batch': lambda k: by_generate_batch(llm, [p for p in half for _ in range(n)], s, k),
+            'selfalign': lambda k: llm.generate(prompts, n, s, k, rows)}
+    if server: ways['server'] = lambda k: server.generate(half, n, s, k)
     for m in (llm, server) if server else (llm,): m.generate(prompts[:4], 1, replace(s, max_new_tokens=2))  # what is made once is made before
-    got = take_turns(ways, rounds)
+    got = take_turns({k: do(k, f) for k,f in ways.items()}, rounds)
     speed = {k: v['tokens']/v['seconds'] for k,v in got.items()}
     names = {'reference loop': 'speedup_vs_reference_loop', 'generate, batched': 'speedup_vs_generate', 'generate_batch': 'speedup_vs_generate_batch', 'server': 'speedup_vs_server'}
     at_once = {'reference loop': 1, 'generate, batched': batch_size, 'generate_batch': len(half)*n, 'selfalign': rows, **({'server': server.concurrency} if server else {})}
@@ -265,6 +265,7 @@ def train_once(
     ours:bool, # By `train_dpo`, or by a bare DPOTrainer?
     kw:dict, # Of `train_defaults`
     callbacks:list=(), # More of transformers' TrainerCallbacks
+    untimed:int=1, # Steps at the beginning that `step` leaves out
 )->dict: # `step` (median seconds), `whole` (seconds of everything but loading), `steps`
     "Train for a few steps and time them"
     llm, times, s = load(model, device='cpu'), [], settings(kw)
@@ -279,7 +280,7 @@ def train_once(
             bare = DPOTrainer(llm.model, args=args, train_dataset=Dataset.from_list([to_trl(p) for p in pairs]), processing_class=llm.tok, peft_config=lora(s), callbacks=callbacks)
             bare.remove_callback(PrinterCallback)
             bare.train()
-    return dict(step=sorted(times[1:])[len(times[1:])//2], whole=time.perf_counter()-t, steps=len(times))
+    return dict(step=sorted(times[untimed:])[len(times[untimed:])//2], whole=time.perf_counter()-t, steps=len(times))
 
 # %% ../nbs/07a_bench.ipynb #ee92521c
 def look(
@@ -308,9 +309,9 @@ def use_in_training(
     kw:dict, # Of `train_defaults`
 )->dict: # `peak` (operations a second), `share` of it, `seconds` a step, `operations` of its products, `where` (of `by_kind`)
     "How much of the machine's matmul peak a step of `train_dpo` reaches, and where the rest goes"
-    found, times = {}, []
-    train_once(model, pairs, True, {**kw, 'max_steps': 8}, [step_times(times), look(found)])
-    peak, seconds = matmul_peak(), sorted(times[3:])[len(times[3:])//2]  # the first steps were looked at
+    found = {}
+    seconds = train_once(model, pairs, True, {**kw, 'max_steps': 8}, [look(found)], 3)['step']  # the first steps are looked at
+    peak = matmul_peak()
     return dict(peak=peak, share=found['operations']/seconds/peak, seconds=seconds, **found)
 
 # %% ../nbs/07a_bench.ipynb #d554d6d1
