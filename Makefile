@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: env demo test docs readme prepare clean
+.PHONY: env demo test lint docs readme prepare clean
 
 env: $(VENV)/.ready
 
@@ -12,6 +12,7 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	-test -e .git && $(BIN)/nbdev_install_hooks > /dev/null
 	touch $@
 
 demo: env
@@ -19,6 +20,11 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --durations=12 .ci
+
+# errors, imports, likely bugs, over the package and the notebooks; and the limits a page keeps
+lint: env
+	$(BIN)/ruff check -q --config .ci/ruff.toml nbs selfalign .ci
+	$(BIN)/python .ci/pages.py
 
 docs: env
 	$(BIN)/python .ci/docs.py

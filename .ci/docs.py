@@ -2,7 +2,7 @@
 
 nbdev turns nbs/ into _proc/ (hidden cells dropped, show_doc run, names linked), and smalldocs renders that with the
 same nbs/_quarto.yml that Quarto reads. `nbdev_docs` builds the same site where Quarto is installed."""
-import json, re, shutil, subprocess, sys, tarfile, tempfile
+import json, os, re, shutil, subprocess, sys, tarfile, tempfile
 from pathlib import Path
 
 import yaml
@@ -20,33 +20,43 @@ def front(src):
     return yaml.safe_load(m.group(1)) if m else {}
 
 
-def fix_md(s, names):
-    "Links to `NN_name.ipynb` become links to `name.ipynb`, dunder names in headings stay as they are, and so do names in a signature, where a link would be shown as text"
+def link_to(href, page, names):
+    "Where a link of a page leads after renaming; `names`: old path below the root of the site to the new one"
+    if ':' in href or href.startswith('/'): return href
+    path, _, anchor = href.partition('#')
+    old = os.path.normpath((page.parent/path).as_posix())
+    new = names.get(old)
+    return href if new is None else os.path.relpath(new, page.parent)+('#'+anchor if anchor else '')
+
+
+def fix_md(s, page, names):
+    "Links to `NN_name.ipynb` become links to `name.ipynb`; dunder names and names in a signature stay as they are"
     s = re.sub(r'```.*?```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), s, flags=re.S)
-    for a,b in names.items(): s = re.sub(rf'\]\((\./)?{re.escape(a)}(?=[#)])', f']({b}', s)
+    s = re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({link_to(m[1], page, names)})', s)
     return dunder.sub(lambda m: m[1]+m[2].replace('_', r'\_')+f' {{#{m[2].lower()}}}', s)
 
 
-def fix_cell(c, names):
+def fix_cell(c, page, names):
     "One cell of a staged page"
     src = ''.join(c['source'])
     if c['cell_type']=='raw': src = re.sub(r'^output-file:.*\n', '', src, flags=re.M)
-    c['source'] = fix_md(src, names) if c['cell_type']=='markdown' else src
+    c['source'] = fix_md(src, page, names) if c['cell_type']=='markdown' else src
     for o in c.get('outputs', []):
         d = o.get('data', {})
-        if 'text/markdown' in d: d['text/markdown'] = fix_md(''.join(d['text/markdown']), names)
+        if 'text/markdown' in d: d['text/markdown'] = fix_md(''.join(d['text/markdown']), page, names)
 
 
 def stage(proc, dest):
     "Copy `proc` to `dest`, naming each notebook after the page that nbdev's links point to (its `output-file`)"
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(proc, dest, ignore=shutil.ignore_patterns('_docs', '_site'))
-    nbs = {p: json.loads(p.read_text()) for p in sorted(dest.glob('*.ipynb'))}
-    names = {p.name: Path(front(''.join(nb['cells'][0]['source'])).get('output-file', p.name)).stem+'.ipynb' for p,nb in nbs.items()}
+    nbs = {p.relative_to(dest): json.loads(p.read_text()) for p in sorted(dest.rglob('*.ipynb'))}
+    def called(p, nb): return p.with_name(Path(front(''.join(nb['cells'][0]['source'])).get('output-file', p.name)).stem+'.ipynb')
+    names = {p.as_posix(): called(p, nb).as_posix() for p,nb in nbs.items()}
     for p,nb in nbs.items():
-        for c in nb['cells']: fix_cell(c, names)
-        p.unlink()
-        (dest/names[p.name]).write_text(json.dumps(nb))
+        for c in nb['cells']: fix_cell(c, p, names)
+        (dest/p).unlink()
+        (dest/names[p.as_posix()]).write_text(json.dumps(nb))
     yml = (dest/'_quarto.yml').read_text()
     for a,b in names.items(): yml = re.sub(rf'(?<![\w/]){re.escape(a)}\b', b, yml)
     (dest/'_quarto.yml').write_text(yml)

@@ -1,4 +1,4 @@
-"""Run notebooks and store their outputs: `python .ci/execute.py [nbs/00_data.ipynb ...]` (all of nbs/ when none is named).
+"""Run notebooks and store their outputs: `python .ci/execute.py [nbs/loop/10_pairs.ipynb ...]` (all of nbs/ when none is named).
 
 Cells that the tests skip (`#| eval: false`, and the flags of `tst_flags` unless named in $NB_FLAGS) keep the outputs they have.
 Each notebook has a process of its own; plots are PNG; the result is as nbdev_clean leaves it, so a second run changes nothing."""
@@ -41,7 +41,7 @@ def run(fn):
 if __name__=='__main__':
     if sys.argv[1:2]==['--one']: sys.exit(run(Path(sys.argv[2])))
     bad = 0
-    for fn in sys.argv[1:] or sorted(map(str, Path('nbs').glob('*.ipynb'))):
+    for fn in sys.argv[1:] or sorted(map(str, Path('nbs').rglob('*.ipynb'))):
         t = time.time()
         r = subprocess.run([sys.executable, __file__, '--one', fn], env={**os.environ, **quiet})
         bad += r.returncode!=0

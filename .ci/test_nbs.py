@@ -30,9 +30,10 @@ def test_export_in_sync(tmp_path):
         (shutil.copytree if src.is_dir() else shutil.copy)(src, tmp_path/o)
     r = python(export, cwd=tmp_path)
     assert r.returncode==0, r.stderr
-    made, kept = ({p.name: p.read_text() for p in (d/'selfalign').glob('*.py')} for d in (tmp_path, cfg.config_path))
+    def modules(d): return {p.relative_to(d).as_posix(): p.read_text() for p in (d/'selfalign').rglob('*.py')}
+    made, kept = modules(tmp_path), modules(cfg.config_path)
     assert sorted(made)==sorted(kept)
-    for n in made: assert made[n]==kept[n], f'selfalign/{n}: run nbdev_export'
+    for n in made: assert made[n]==kept[n], f'{n}: run nbdev_export'
 
 
 @pytest.mark.parametrize('fn', nbs, ids=lambda p: str(p.relative_to(cfg.nbs_path)))

@@ -12,7 +12,7 @@ def two(root, *args):
     "The same command in two processes: (exit code, what they say)"
     with socket.socket() as s: s.bind(('', 0)); port = s.getsockname()[1]
     launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]
-    r = subprocess.run([*launch, '-m', 'selfalign.run', *args], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    r = subprocess.run([*launch, '-m', 'selfalign.machine.cli', *args], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
     return r.returncode, r.stdout
 
 
@@ -85,4 +85,4 @@ def test_the_second_fails_alone(both):
 
 def test_a_batch_that_cannot_be_shared(both):
     code, out = two(both, 'dpo', 'r.yml', '--set', 'train_batch=3')
-    assert code and 'batch_size is 3; it must be a multiple of the number of processes, 2' in out
+    assert code and 'train_batch is 3; it must be a multiple of the number of processes, 2' in out

@@ -10,7 +10,7 @@ questions = ['Почему зимой дни короче, чем летом?', 
 
 def selfalign(*args, cwd):
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': '1', 'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.run([sys.executable, '-m', 'selfalign.run', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
+    return subprocess.run([sys.executable, '-m', 'selfalign.machine.cli', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
 
 
 def rows(path): return [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines()]

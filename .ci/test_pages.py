@@ -1,0 +1,71 @@
+"Pages stay readable, and the house keeps its two wings."
+import ast, re
+from pathlib import Path
+
+import pages
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+nbs = sorted((root/'nbs').rglob('*.ipynb'))
+on_top = 'commands', 'cli', 'bench', 'bench_training'  # of both wings
+measured = {fn: pages.page(fn) for fn in nbs}
+
+
+def imports(py):
+    "`(wing, module)` of every module of the package that a module imports"
+    for n in ast.walk(ast.parse(py.read_text(encoding='utf-8'))):
+        if isinstance(n, ast.ImportFrom) and n.level:
+            names = [n.module] if n.module and n.module!='machine' else [f'{n.module or ""}.{a.name}'.strip('.') for a in n.names]
+            for m in names:
+                here = 'machine.' if n.level==1 and py.parent.name=='machine' and not m.startswith('machine.') else ''
+                yield from [tuple((here+m).split('.')[-2:]) if '.' in here+m else ('loop', m)]
+
+
+def order(wing):
+    "Module: its place in the reading order"
+    return {re.sub(r'^\d+[a-z]*_', '', p.stem): i for i,p in enumerate(sorted((root/'nbs'/wing).glob('*.ipynb')))}
+
+
+@pytest.mark.parametrize('fn', nbs, ids=lambda p: str(p.relative_to(root/'nbs')))
+def test_page_keeps_its_limits(fn): assert not list(pages.faults(fn, measured[fn]))
+
+
+def test_the_loop_explains_itself():
+    t = pages.together([m for fn,m in measured.items() if fn.parent.name=='loop'])
+    assert t['median']<=pages.loop['median'] and t['words']>=pages.loop['words'] and t['used']>=pages.loop['used'], t
+
+
+def test_no_line_of_the_package_is_too_long():
+    assert not [f'{p.name}: {l}' for p in (root/'selfalign').rglob('*.py') if p.name!='_modidx.py'
+                for l in p.read_text(encoding='utf-8').splitlines() if len(l)>pages.most['width'] and not l.startswith('"""')]
+
+
+def test_no_language_in_the_code():
+    "Texts of a language stand in styles and language files"
+    found = [f'{p.name}: {l}' for p in (root/'selfalign').rglob('*.py') for l in p.read_text(encoding='utf-8').splitlines()
+             if re.search('[\u0400-\u04ff]', l)]
+    assert not found, found
+
+
+def test_the_machine_room_never_imports_the_loop():
+    for p in sorted((root/'selfalign/machine').glob('*.py')):
+        if p.stem in on_top or p.stem=='__init__': continue
+        assert not [m for wing,m in imports(p) if wing!='machine'], p.name
+
+
+@pytest.mark.parametrize('wing', ['loop', 'machine'])
+def test_no_arrow_back(wing):
+    "A page imports only pages before it"
+    places = order(wing)
+    folder = root/'selfalign'/('machine' if wing=='machine' else '')
+    for p in sorted(folder.glob('*.py')):
+        if p.stem not in places: continue
+        late = [m for w,m in imports(p) if w==wing and places.get(m, -1)>=places[p.stem]]
+        assert not late, (p.name, late)
+
+
+def test_every_name_is_importable_from_its_page():
+    "The short names that users rely on"
+    import importlib
+    for m in order('loop'):
+        if (root/f'selfalign/{m}.py').exists(): importlib.import_module(f'selfalign.{m}')
