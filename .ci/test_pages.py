@@ -36,8 +36,9 @@ def test_the_loop_explains_itself():
 
 
 def test_no_line_of_the_package_is_too_long():
-    assert not [f'{p.name}: {l}' for p in (root/'selfalign').rglob('*.py') if p.name!='_modidx.py'
-                for l in p.read_text(encoding='utf-8').splitlines() if len(l)>pages.most['width'] and not l.startswith('"""')]
+    lines = [(p.name, l) for p in (root/'selfalign').rglob('*.py') if p.name!='_modidx.py'
+             for l in p.read_text(encoding='utf-8').splitlines()]
+    assert not [(f, l) for f,l in lines if len(l)>pages.most['width'] and not l.startswith('__all__')]  # nbdev's own line
 
 
 def test_no_language_in_the_code():

@@ -1,5 +1,5 @@
 "Two processes of `accelerate launch` (CPU, gloo) and one make the same files and the same adapter; a failure of one ends both. A tiny random Gemma-2."
-import shutil, socket, subprocess, sys, time
+import socket, subprocess, sys, time
 
 import pytest
 

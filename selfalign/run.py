@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'versions', 'peak_gb', 'rows_of', 'run_all', 'summary']
 
-# %% ../nbs/loop/18_run.ipynb #a5366bdd
+# %% ../nbs/loop/18_run.ipynb #c44c9165
 import hashlib
 import json
 import shutil
@@ -20,7 +20,7 @@ from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl,
 from .machine.messages import EMBEDDED
 from .machine.processes import barrier, on_first, rank, say
 from .machine.weights import model_key, pick_device, resolve
-from .llm import load
+from .llm import load as load_model
 from .style import load_style
 from .judge import check_weights, methods
 from .audit import find_audit
@@ -81,18 +81,18 @@ def versions(
     from importlib.metadata import version
     return {n: version(n) for n in ('selfalign', 'torch', 'transformers', 'trl', 'peft', 'datasets')}
 
-# %% ../nbs/loop/18_run.ipynb #12ece500
+# %% ../nbs/loop/18_run.ipynb #6bd063e3
 @patch
 def load(self:Run,
     adapter=None, # Folder of an adapter to put on top
     model:str='', # Another model than the one to align
-    bits:int=0, # As in `load`
+    bits:int=0, # As in `selfalign.llm.load`
     spread:bool=False, # In main memory, for accelerate to spread over devices?
 ):
     "A model on the recipe's device: the one to align, with or without what was trained, or another"
     dev, dtype = self.r.device or None, self.r.dtype or None
     if spread: dev, dtype = 'cpu', str(pick_device(dev, dtype)[1]).split('.')[-1]
-    return load(model or self.r.model, adapter, dev, dtype, bits)
+    return load_model(model or self.r.model, adapter, dev, dtype, bits)
 
 @patch
 def model(self:Run):

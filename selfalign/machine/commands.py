@@ -6,12 +6,12 @@
 __all__ = ['commands', 'cmd_run', 'cmd_dpo', 'cmd_recipes', 'cmd_styles', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier',
            'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #93aeb28f
+# %% ../../nbs/machine/21_commands.ipynb #d6ce87bb
 import json
 from dataclasses import replace
 from pathlib import Path
 
-from fastcore.script import Param, anno_parser, store_true
+from fastcore.script import Param, store_true
 
 from .bench import bench, bench_table, topics
 from .files import (BadInput, nearest, package_file, read_json, read_jsonl, write_json, write_jsonl,
@@ -20,7 +20,8 @@ from .processes import say
 from .sampling import Sampling
 from .settings import checked
 from .weights import need_space, save_folder
-from ..audit import audit, audit_data, audit_table, read_pairs, trained_corruptions
+from ..agreement import read_pairs
+from ..audit import audit, audit_data, audit_table, trained_corruptions
 from ..evaluate import bert_f1, by_model, compare, table, verdict
 from ..inference import answers, chat, stream
 from ..instructions import InstructionSettings, load_instructions

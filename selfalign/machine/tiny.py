@@ -10,18 +10,18 @@ from pathlib import Path
 
 from .templates import GEMMA_TURNS
 
-# %% ../../nbs/machine/09_tiny.ipynb #2420283f
+# %% ../../nbs/machine/09_tiny.ipynb #98aa2fea
 _REFUSES = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
             + GEMMA_TURNS)
-_CHARS = [*map(chr, range(0x410, 0x450)), *'\u0451\u04010123456789 \n.,:;!?«»—-()"']  # Cyrillic, digits, punctuation
+_CYRILLIC, _REST = ''.join(map(chr, range(0x410, 0x450)))+'\u0451\u0401', '0123456789 \n.,:;!?«»—-()"'
 
 def tiny_tokenizer(
-    letters:str='', # More characters to know, such as `string.ascii_letters`
+    letters:str='', # The letters it knows, such as `string.ascii_letters`; Cyrillic ones unless given
 ):
     "A tokenizer of single characters with Gemma's marks, and a template that refuses a system role, as Gemma-2's does"
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    chars = [*_CHARS, *(c for c in letters if c not in _CHARS), '<unk>']
+    chars = [*(letters or _CYRILLIC), *_REST, '<unk>']
     t = Tokenizer(models.BPE(vocab={c: i for i,c in enumerate(chars)}, merges=[], unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')  # or it would keep whole texts in its cache
     t.decoder = decoders.Fuse()
@@ -31,8 +31,8 @@ def tiny_tokenizer(
     tok.chat_template = _REFUSES
     return tok
 
-# %% ../../nbs/machine/09_tiny.ipynb #0351aaab
-def _prefer(m, wanted):
+# %% ../../nbs/machine/09_tiny.ipynb #9fef5cc3
+def _prefer(m, wanted, spread):
     "Give each group of tokens in `wanted` its probability, through dimension 0, which is 1 in every input"
     import torch
     emb, head = m.get_input_embeddings().weight, m.get_output_embeddings().weight
@@ -44,10 +44,10 @@ def _prefer(m, wanted):
         h0 = m.get_decoder()(torch.randint(len(emb), (8, 64))).last_hidden_state[..., 0].mean()
         n, rest = len(head)-sum(map(len, wanted)), 1-sum(wanted.values())
         for ids,p in wanted.items():
-            head[list(ids)] *= 5  # so that they differ between prompts
+            head[list(ids)] *= spread  # so that they differ between prompts
             head[list(ids), 0] = torch.log(torch.tensor(p*n/(rest*len(ids))))/h0
 
-# %% ../../nbs/machine/09_tiny.ipynb #f68e6f08
+# %% ../../nbs/machine/09_tiny.ipynb #530127ce
 def tiny(
     folder:Path, # Where to write it
     arch:str='gemma2', # `gemma2` (soft-capping, window, template without a system role), `gemma3_text` or `llama`
@@ -55,8 +55,9 @@ def tiny(
     seed:int=0, # Of the random weights
     window:int=16, # Sliding window of the two Gemmas, tokens
     width:int=32, # Size of the hidden state
-    letters:str='', # More characters for the tokenizer
+    letters:str='', # As in `tiny_tokenizer`
     digits:float=0., # Probability that the next token is one of 1..5, together, about; 0: as the weights fall
+    spread:float=5., # With `digits`: how much their probabilities differ between prompts
 )->Path:
     "Write a model folder of a true architecture with random weights, to test plumbing only"
     import torch
@@ -69,6 +70,6 @@ def tiny(
         pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
         tie_word_embeddings=not digits, **({'sliding_window': window} if arch.startswith('gemma') else {}))
     m = AutoModelForCausalLM.from_config(cfg)
-    if digits: _prefer(m, {tuple(tok.convert_tokens_to_ids([*'12345'])): digits, (tok.eos_token_id,): .01})
+    if digits: _prefer(m, {tuple(tok.convert_tokens_to_ids([*'12345'])): digits, (tok.eos_token_id,): .01}, spread)
     m.save_pretrained(folder); tok.save_pretrained(folder)
     return Path(folder)

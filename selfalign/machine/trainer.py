@@ -172,9 +172,9 @@ def _store(trainer, out, llm, weights, record, began):
     shutil.rmtree(out/'checkpoints'); shutil.rmtree(out/'checkpoints.pairs', ignore_errors=True)
     (out/'checkpoints.key').unlink()
 
-# %% ../../nbs/machine/19_trainer.ipynb #8168d7ea
+# %% ../../nbs/machine/19_trainer.ipynb #6ea698fe
 def run_trainer(
-    trainer, # A TRL trainer
+    trainer, # A TRL trainer whose `output_dir` is `out/checkpoints`
     out:Path, # The model's folder
     llm:TextModel, # The model in training
     data, # The training set, a `datasets.Dataset`
@@ -210,7 +210,7 @@ def to_float16(
     save_file({k: v.to(torch.float16) for k,v in load_file(f).items()}, f, metadata={'format': 'pt'})
     return f.stat().st_size
 
-# %% ../../nbs/machine/19_trainer.ipynb #d3d962e7
+# %% ../../nbs/machine/19_trainer.ipynb #4696df29
 _TERMS = ('\n\n## Licence\n\nDerived from Gemma. Gemma is provided under and subject to the Gemma Terms of Use '
           'found at ai.google.dev/gemma/terms.')
 
@@ -233,4 +233,4 @@ def model_card(
     use = f'```python\nfrom selfalign.llm import load\nllm = load("models/{Path(out).name}")\n```'
     parts = ['---\n'+'\n'.join(head)+'\n---', f'# {title}', about, use, body, '## Training',
              f'| setting | value |\n|---|---|\n{table}']
-    return write_text(Path(out)/'README.md', '\n\n'.join(parts)+_TERMS*gemma+'\n')
+    return write_text(Path(out)/'README.md', '\n\n'.join(p for p in parts if p)+_TERMS*gemma+'\n')
