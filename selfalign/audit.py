@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MIX_SHARES', 'audit_data', 'corrupted_rows', 'score_corrupted', 'corruption_test', 'near_chance', 'choose_mix',
            'choose_mode', 'audit', 'other_style', 'audit_misfit', 'trained_corruptions', 'trained_style',
-           'training_misfit', 'find_audit', 'audit_table', 'plot_audit', 'plot_trust', 'agreement', 'agreement_summary',
-           'read_pairs', 'reply_rows']
+           'training_misfit', 'find_audit', 'audit_table', 'plot_audit', 'plot_trust']
 
-# %% ../nbs/loop/09_audit.ipynb #acd2ab32
+# %% ../nbs/loop/09_audit.ipynb #b3ae4b02
 import random
 from pathlib import Path
 
@@ -21,10 +20,7 @@ from .instructions import load_instructions
 from .replies import good_replies, load_replies, reply_pairs
 from .judge import combine, methods, score_rows
 from .corruptions import CORRUPTIONS, GROUPS, TRAINED, aimed, corrupt
-from .agreement import agreement, agreement_summary, read_pairs, reply_rows
-
-# %% ../nbs/loop/09_audit.ipynb #8fc136af
-_all_ = ['agreement', 'agreement_summary', 'read_pairs', 'reply_rows']
+from .agreement import agreement, agreement_summary, reply_rows
 
 # %% ../nbs/loop/09_audit.ipynb #6c7a1f4d
 def audit_data(

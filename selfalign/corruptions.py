@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'GROUPS', 'TRAINED', 'other', 'cut', 'thrice', 'shuffled', 'echo', 'padded', 'foreign', 'sentences',
-           'headings', 'parrot', 'hedged', 'digression', 'typos', 'stuck', 'number', 'name', 'corruption_names',
-           'aimed', 'corrupt']
+           'headings', 'parrot', 'hedged', 'digression', 'typos', 'stuck', 'changed_number', 'changed_name',
+           'corruption_names', 'aimed', 'corrupt']
 
 # %% ../nbs/loop/08_corruptions.ipynb #8e966d4d
 import random, re
@@ -102,8 +102,8 @@ def stuck(question, answer, pool, rng, style):
     w = answer.split()
     return answer+' '+' '.join(w[-3:]*5) if len(w)>1 else None
 
-# %% ../nbs/loop/08_corruptions.ipynb #b823cfe9
-def number(question, answer, pool, rng, style):
+# %% ../nbs/loop/08_corruptions.ipynb #99504d5e
+def changed_number(question, answer, pool, rng, style):
     "Every number replaced by another one"
     words = style.corruptions.numerals
     def digits(m):
@@ -116,19 +116,19 @@ def number(question, answer, pool, rng, style):
     find = rf'(?<!\w)(?:{"|".join(words)})(?!\w)'
     return re.sub(find, word, b, flags=re.I) if len(words)>1 else b
 
-# %% ../nbs/loop/08_corruptions.ipynb #43cc275a
-def name(question, answer, pool, rng, style):
+# %% ../nbs/loop/08_corruptions.ipynb #08037175
+def changed_name(question, answer, pool, rng, style):
     "Every name replaced by one from another answer (its ending may not fit)"
     if not style.corruptions.names: return None
     find = re.compile(style.corruptions.names)
     names = sorted({n for p in pool for n in find.findall(p)}-set(find.findall(answer)))
     return find.sub(lambda m: rng.choice(names), answer) if names else None
 
-# %% ../nbs/loop/08_corruptions.ipynb #ad5459ce
+# %% ../nbs/loop/08_corruptions.ipynb #9f1c5ec9
 CORRUPTIONS = { # name: (function, group)
     **{f.__name__: (f, 'trained') for f in (other, cut, thrice, padded, shuffled, foreign, headings, echo)},
     **{f.__name__: (f, 'unseen') for f in (parrot, hedged, digression, typos, stuck)},
-    **{f.__name__: (f, 'facts') for f in (number, name)}}
+    'number': (changed_number, 'facts'), 'name': (changed_name, 'facts')}
 GROUPS = ('trained', 'unseen', 'facts')
 TRAINED = [c for c,(_,group) in CORRUPTIONS.items() if group=='trained']
 

@@ -28,7 +28,7 @@ from .evaluate import by_model, length_text, table, win_text
 from .recipe import Recipe
 from .steps import STEPS
 
-# %% ../nbs/loop/18_run.ipynb #c6f0c8ea
+# %% ../nbs/loop/18_run.ipynb #110a2ff3
 class Run:
     "One run: its recipe, its style, its folders, and its record `run.json`"
     def __init__(self,
@@ -41,6 +41,9 @@ class Run:
         self.resume, self.mine = True, False
         check_weights(recipe.criteria_weights, self.style, f'{recipe.name}: criteria_weights')
         methods(recipe.judge, self.style) # refuses a judge that this style has no measures for
+        if recipe.second_judge and not self.style.measures:
+            raise BadInput(f'{recipe.name}: second_judge grades by likelihood, and the style {self.style.name} has no '
+                           'measures; leave it empty')
         self.recall()
         if recipe.server: self._server_url()
         self._not_over_itself()

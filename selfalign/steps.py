@@ -61,7 +61,7 @@ def _do_candidates(run):
     return {'in': len(rows), 'out': len(out), 'finished': sum(c['finished'] for c in out),
             'tokens': sum(c['n_tokens'] for c in out), 'model': llm.fingerprint(), 'cut': llm.n_truncated}
 
-# %% ../nbs/loop/17_steps.ipynb #2323da74
+# %% ../nbs/loop/17_steps.ipynb #ec7b5dc9
 def _doubts(run):
     "Sentences: no audit, an audit of another judge or style, criteria near chance"
     r, llm, found = run.r, run.judge(), run.found_audit()
@@ -71,7 +71,7 @@ def _doubts(run):
     trained = training_misfit(name, run.style) if llm is not run.remote else ''
     misfit = audit_misfit(found, llm.fingerprint(), run.style) if found else ''
     test = {found['mode']: found, **found.get('methods', {})}.get(r.judge) if found and not misfit else None
-    if test: return [t for t in [trained] if t]+near_chance(test, r.criteria_weights)
+    if test: return [t for t in [trained] if t]+near_chance(test, {**run.style.weights, **r.criteria_weights})
     unknown = f'nobody has audited this judge ({r.judge}); {how} says how far it can be trusted'
     return [t for t in (trained, misfit) if t]+[unknown]
 
@@ -186,7 +186,7 @@ class Step:
     rows:object=None # Function of a run: which instructions it is about
     parted:bool=False # Can several processes share it?
 
-# %% ../nbs/loop/17_steps.ipynb #c18d7111
+# %% ../nbs/loop/17_steps.ipynb #de5700ae
 def _fields(cls, *but): return tuple(k for k in result_fields(cls) if k not in but)
 
 _answering = (*_fields(AnswerSettings, 'n_test', 'n_validation'), 'max_new_tokens', 'seed')
@@ -196,8 +196,8 @@ STEPS = { # name: how it depends on what came before
                  ('lang', 'script', 'min_share', 'foreign_letters')),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
                        ('seed', *_fields(CandidateSettings, 'n_prompts')), ('system',), ('model',), train_rows, True),
-    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, ('digest',), ('judge_model',),
-                  parted=True),
+    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, ('digest', 'weights'),
+                  ('judge_model',), parted=True),
     'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings), ('lang', 'script')),
     'dpo': Step(_do_dpo, 'adapter_model.safetensors', ('pairs.jsonl',), ('seed', *_fields(DPOSettings)), ('system',),
                 ('model',), parted=True),
@@ -205,6 +205,6 @@ STEPS = { # name: how it depends on what came before
                       ('model',), test_rows, True),
     'answer': Step(_do_answer, 'answers.jsonl', ('answers_reference.jsonl', 'adapter_model.safetensors'), _answering,
                    ('system',), ('model',), parted=True),
-    'evaluate': Step(_do_evaluate, 'evaluation.json', ('answers.jsonl',), _grading, ('digest', 'script'),
+    'evaluate': Step(_do_evaluate, 'evaluation.json', ('answers.jsonl',), _grading, ('digest', 'weights', 'script'),
                      ('judge_model', 'second_judge')),
 }
