@@ -9,7 +9,7 @@ __all__ = ['LLM', 'load']
 import selfalign.machine.engine  # noqa: F401  (adds continuous_batching to TextModel)
 import selfalign.machine.scoring  # noqa: F401  (adds choice_probs and logprobs to TextModel)
 from fastcore.basics import patch
-from .machine.sampling import Completion, Sampling
+from .machine.sampling import Sampling
 from .machine.textmodel import TextModel, progress_bar
 from .machine.weights import read_model
 
