@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LLM', 'load']
 
-# %% ../nbs/loop/03_llm.ipynb #7c56fe17
+# %% ../nbs/loop/03_llm.ipynb #6eca5ed8
 import selfalign.machine.engine  # noqa: F401  (adds continuous_batching to TextModel)
 import selfalign.machine.scoring  # noqa: F401  (adds choice_probs and logprobs to TextModel)
 from fastcore.basics import patch
-from .machine.sampling import Sampling
+from .machine.sampling import Completion, Sampling  # noqa: F401  (both belong to this module's interface)
 from .machine.textmodel import TextModel, progress_bar
 from .machine.weights import read_model
 
