@@ -263,7 +263,7 @@ def same_sampler(self:Server,
     self.generate([self.render('.')], 1, replace(s, max_new_tokens=1))
     return not self.chat and not self.refused & {*self.extra_settings(s)}
 
-# %% ../../nbs/machine/18_server.ipynb #fd1dcfe9
+# %% ../../nbs/machine/18_server.ipynb #782485e7
 @patch
 def _need_text(self:Server):
     "`BadInput` if the server knows messages only"
@@ -272,20 +272,20 @@ def _need_text(self:Server):
                        'grade on this machine with --set judge_model=MODEL, or use vllm serve')
 
 @patch
-def _must_tell(self:Server, x):
-    "`x`, which a reply gives about log-probabilities; None the first time means that the server has none"
+def _with_logprobs(self:Server, x):
+    "`x`, the log-probabilities of a reply; None in the first reply means that the server has none"
     if x is None: raise Garbage('no log-probabilities in it') if self.heard else BadInput(self._silent())
     self.heard = True
     return x
 
-# %% ../../nbs/machine/18_server.ipynb #65b6183f
+# %% ../../nbs/machine/18_server.ipynb #a16d91f3
 @patch
 def _given_request(self:Server, pids, cids):
     "The request for the log-probabilities of a given completion, as `ask` wants it"
     self._need_text()
     fields = dict(model=self.name, prompt=[*pids, *cids], max_tokens=1, temperature=0, echo=True, logprobs=1)
     def read(o):
-        xs = self._must_tell(given_logprobs(o, len(pids), cids))
+        xs = self._with_logprobs(given_logprobs(o, len(pids), cids))
         if xs: return xs
         raise BadInput(f'{self.url}: gives no log-probabilities of a given text (echo), so it can grade by digits '
                        'only: --set judge=digits, or use vllm serve')
@@ -324,14 +324,14 @@ def _next_request(self:Server,
     extra.update(return_tokens_as_token_ids=True, repetition_penalty=1.)
     return 'completions', fields, extra, partial(self.read_choices, cid)
 
-# %% ../../nbs/machine/18_server.ipynb #5eaa74a9
+# %% ../../nbs/machine/18_server.ipynb #314d3d30
 @patch
 def read_choices(self:Server,
     cid:list, # Token ids of the choices
     o:dict, # A reply
 )->dict: # Index of choice: log-probability; those that the server named
     "Log-probabilities of the choices as the next token"
-    tops = self._must_tell(top_logprobs(o))
+    tops = self._with_logprobs(top_logprobs(o))
     names = [(c, self.tok.decode([c])) for c in cid]
     return {k: tops[n] for k,ns in enumerate(names) for n in ns if n in tops}
 
