@@ -301,10 +301,9 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
 
 
 def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
-    import selfalign.audit as audit_
-    from selfalign.machine import cli
+    from selfalign.machine import cli, commands
     asked = []
-    monkeypatch.setattr(audit_, 'audit', lambda llm, *a, **k: asked.append(llm) or {})
+    monkeypatch.setattr(commands, 'audit', lambda llm, *a, **k: asked.append(llm) or {})
     assert cli.main(['audit', '--model', str(folder), '--server', fake.url, '--json'])==0
     assert isinstance(asked[0], Server) and asked[0].name=='tiny'
     assert cli.main(['audit', '--model', str(folder), '--server', fake.url, '--adapter', str(tmp_path)])==2

@@ -160,7 +160,7 @@ def cmd_curve(
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
     learning_curve(ns, name, root, data, model, style, mode, limit)
 
-# %% ../../nbs/machine/21_commands.ipynb #57d48a64
+# %% ../../nbs/machine/21_commands.ipynb #3659905f
 def cmd_audit(
     model:str='embedded', # The judge: embedded, a hub id, a folder, a .gguf file
     adapter:str=None, # Adapter to put on top
@@ -180,13 +180,13 @@ def cmd_audit(
     "How far can a judge be trusted? Corrupted answers, and people's verdicts"
     scale = load_style(style)
     given = read_pairs(pairs)[0] if pairs else None
-    good, ranked, synthetic = audit_data(data, limit, seed, scale)
+    good, ranked, by = audit_data(data, limit, seed, scale)
     if server and adapter:
         raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign merge {model} FOLDER '
                        f'--adapter {adapter}`, and serve that')
     llm = _server(server, model, served) if server else load(model, adapter, device, dtype)
-    by = 'people' if given or not synthetic else 'author'
-    res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), given or ranked, by, seed,
+    if given: ranked, by = given, 'people'
+    res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed,
                 progress='' if json else 'audit')
     if out: write_json(out, res)
     if json: print(_json(res)); return
