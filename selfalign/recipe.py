@@ -12,6 +12,7 @@ from pathlib import Path
 from .machine.files import BadInput, nearest, package_file, read_yaml
 from .machine.settings import Settings, checked, setting
 from .instructions import InstructionSettings
+from .style import DEFAULT_STYLE
 from .candidates import CandidateSettings
 from .judge import JudgeSettings
 from .pairs import PairSettings
@@ -30,7 +31,7 @@ def recipe_names(
 class RunSettings(Settings):
     "What belongs to the run as a whole"
     name: str = setting('', 'name of the run: data/<name>/ and models/<name>/; empty: that of the recipe')
-    style: str = setting('brief-ru', 'the written scale: a shipped style or a .yml file')
+    style: str = setting(DEFAULT_STYLE, 'the written scale: a shipped style or a .yml file')
     model: str = setting('embedded', 'the model to align: embedded, a hub id, a folder, a .gguf file')
     data: str = setting('embedded', 'instructions: embedded, a hub id, or a file (.csv, .json, .jsonl, .parquet)')
     seed: int = setting(42, 'of sampling, training and splitting', ge=0, le=2**32-1)
@@ -50,6 +51,11 @@ class RunSettings(Settings):
 class Recipe(AnswerSettings, DPOSettings, PairSettings, JudgeSettings, CandidateSettings, InstructionSettings,
              RunSettings):
     "Every setting of a run"
+    @property
+    def judge_name(self)->str:
+        "The model that grades: the one to align unless the recipe names another"
+        return self.judge_model or self.model
+
     def part(self,
         cls, # One of the classes above
     ): # An instance of it

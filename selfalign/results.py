@@ -162,10 +162,10 @@ def more_rounds(
     "The further rounds of a recipe, and how far each has drifted; written to `drift.json`"
     def graded(run): return by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     start, before, rows = graded(first)[0], first, []
-    judge = first.r.judge_model or first.r.model
     for k in range(1, first.r.rounds+1):
         if k>1:
-            run = make(name=f'{first.r.name}.round{k}', model=str(before.models), judge_model=judge, server='')
+            run = make(name=f'{first.r.name}.round{k}', model=str(before.models), judge_model=first.r.judge_name,
+                       server='')
             if fresh: on_first(run.forget)
             print_summary(run_all(run))
             before = run

@@ -23,10 +23,10 @@ from .machine.weights import model_key, pick_device, resolve
 from .llm import load as load_model
 from .style import load_style
 from .judge import check_weights, methods
-from .audit import find_audit
-from .evaluate import by_model, length_text, table, win_text
+from .audit import find_audit, other_style
+from .evaluate import by_model, length_text, table
 from .recipe import Recipe
-from .steps import STEPS
+from .steps import STEPS, compared_on, judges_said
 
 # %% ../nbs/loop/18_run.ipynb #110a2ff3
 class Run:
@@ -125,13 +125,13 @@ def judge(self:Run):
 def found_audit(self:Run)->dict: # Of `audit`, or None
     "The judge's audit: one made for this run, `data/<name>/audit.json`, or the one beside the judge's adapter"
     mine = self.data/'audit.json'
-    return read_json(mine) if mine.exists() else find_audit(self.r.judge_model or self.r.model)
+    return read_json(mine) if mine.exists() else find_audit(self.r.judge_name)
 
 @patch
 def mix(self:Run)->dict: # Criterion: share of the digits; None: half and half
     "The shares that the audit chose, if it was made with this run's style"
     found = self.found_audit() if self.r.judge=='mix' else None
-    same = found and found.get('style', {}).get('digest')==self.style.digest()
+    same = found and not other_style(found.get('style'), self.style)
     return found.get('mix') if same else None
 
 # %% ../nbs/loop/18_run.ipynb #f8400832
@@ -139,7 +139,7 @@ def mix(self:Run)->dict: # Criterion: share of the digits; None: half and half
 def _models(self:Run, step):
     "Keys of the models a step depends on: the judge is the model itself unless the recipe names another"
     names = {k: getattr(self.r, k) for k in step.models}
-    if 'judge_model' in names: names['judge_model'] = names['judge_model'] or self.r.model
+    if 'judge_model' in names: names['judge_model'] = self.r.judge_name
     return {k: model_key(v) for k,v in names.items() if v}
 
 @patch
@@ -272,10 +272,9 @@ def summary(
     for k in list(ref)[:n]:
         lines += ['', f'> {ref[k]["prompt"]}', f'  before ({ref[k]["n_tokens"]} tokens): {ref[k]["completion"]}',
                   f'  after  ({pol[k]["n_tokens"]} tokens): {pol[k]["completion"]}']
-    on = 'training instructions set aside' if run.r.n_validation else 'held-out instructions'
-    lines += ['', table(ev, run.style).to_string(), '', f'{length_text(ev["shorter"])} on {ev["n"]} {on}']
-    lines += [win_text(ev, ev['judge'])]+([win_text(ev['second'], ev['second']['judge'])] if 'second' in ev else [])
-    lines += [f'warning: {w}' for w in ev['warnings']]
+    lines += ['', table(ev, run.style).to_string(), '',
+              f'{length_text(ev["shorter"])} on {ev["n"]} {compared_on(run.r)}']
+    lines += [*judges_said(ev), *(f'warning: {w}' for w in ev['warnings'])]
     minutes = sum(v['seconds'] for v in run.record['steps'].values())/60
     return '\n'.join([*lines, '', f'data {run.data}/   adapter {run.models}/   report {run.data/"report.md"}   '
                       f'{minutes:.1f} minutes in all', f'talk to it: selfalign chat --model {run.models}'])
