@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['read_pairs', 'reply_rows', 'agreement', 'agreement_summary']
 
-# %% ../nbs/loop/08b_agreement.ipynb #6f30ed0a
+# %% ../nbs/loop/08b_agreement.ipynb #56dcff72
 from pathlib import Path
 
 from .machine.files import BadInput
-from .machine.statistics import bootstrap, mean_or_none, preferred
+from .machine.statistics import mean_or_none, preferred, share_interval
 from .machine.tables import read_table
 from .judge import combine
 
@@ -62,12 +62,12 @@ def agreement(
                  longest=preferred(len(p['good']), len(p['bad'])), **by_criterion(good, bad))
             for p,(good,a),(bad,b) in zip(pairs, got[::2], got[1::2])]
 
-# %% ../nbs/loop/08b_agreement.ipynb #01a49046
+# %% ../nbs/loop/08b_agreement.ipynb #974b3cdc
 def _by_prompt(rows, k):
     "Mean of a column with its interval over prompts"
     by = {}
     for r in rows: by.setdefault(r['prompt_id'], []).append(r[k])
-    return bootstrap([mean_or_none(x) for x in by.values()])
+    return share_interval([mean_or_none(x) for x in by.values()])
 
 # %% ../nbs/loop/08b_agreement.ipynb #49f2aecc
 def agreement_summary(

@@ -4,44 +4,46 @@
 
 # %% auto #0
 __all__ = ['MIX_SHARES', 'audit_data', 'corrupted_rows', 'score_corrupted', 'corruption_test', 'near_chance', 'choose_mix',
-           'choose_mode', 'audit', 'other_style', 'audit_misfit', 'trained_corruptions', 'trained_style',
+           'choose_mode', 'audit', 'chosen_on', 'other_style', 'audit_misfit', 'trained_corruptions', 'trained_style',
            'training_misfit', 'find_audit', 'audit_table', 'plot_audit', 'plot_trust']
 
-# %% ../nbs/loop/09_audit.ipynb #b3ae4b02
+# %% ../nbs/loop/09_audit.ipynb #87af87a8
 import random
 from pathlib import Path
 
 from .machine.files import BadInput, read_json
 from .machine.messages import load_messages
-from .machine.statistics import bootstrap, interval_text, mean_or_none, preferred
+from .machine.statistics import interval_text, mean_interval, mean_or_none, preferred, share_interval
 from .machine.textmodel import progress_bar
 from .machine.weights import resolve
 from .instructions import load_instructions
 from .replies import good_replies, load_replies, reply_pairs
 from .judge import combine, methods, score_rows
-from .corruptions import CORRUPTIONS, GROUPS, TRAINED, aimed, corrupt
+from .corruptions import CORRUPTIONS, GROUPS, TRAINED, aimed, corrupt, grade_moves
 from .agreement import agreement, agreement_summary, reply_rows
 
-# %% ../nbs/loop/09_audit.ipynb #6c7a1f4d
+# %% ../nbs/loop/09_audit.ipynb #59233aa9
 def audit_data(
     source:str, # A source with replies
-    limit:int, # How many answers, at most
+    limit:int, # How many answers of each part, at most
     seed:int, # Which
     style, # Of `load_style`
-)->tuple: # (good answers, ranked pairs, who ranked them: people or author)
-    "Held-out good answers to corrupt, and held-out pairs of replies that somebody ranked"
+)->tuple: # (held-out good answers, held-out ranked pairs, who ranked them: people or author, training good answers)
+    "Held-out answers to corrupt and report on, ranked pairs of held-out replies, and training answers to choose on"
     if limit<2: raise BadInput(f'limit is {limit}; an audit needs at least 2 answers')
     m = load_messages(source)
-    held = {r['prompt_id'] for r in load_instructions(m, style)[0] if r['split']=='test'}
-    replies = [r for r in load_replies(m) if r['prompt_id'] in held]
-    good = {r['prompt_id']: r for r in good_replies(replies)}
-    if len(good)<2:
-        raise BadInput(f'{source}: {len(good)} held-out instructions have a reply to corrupt, at least 2 are needed; '
-                       'take a source with replies, such as embedded or OpenAssistant/oasst1')
+    split = {r['prompt_id']: r['split'] for r in load_instructions(m, style)[0]}
+    replies = [{**r, 'split': split[r['prompt_id']]} for r in load_replies(m) if r['prompt_id'] in split]
+    held = [r for r in replies if r['split']=='test']
+    good = {r['prompt_id']: {**r, 'split': split[r['prompt_id']]} for r in good_replies(replies)}
+    parts = {s: [r for r in good.values() if r['split']==s] for s in ('test', 'train')}
+    if len(parts['test'])<2:
+        raise BadInput(f'{source}: {len(parts["test"])} held-out instructions have a reply to corrupt, at least 2 are '
+                       'needed; take a source with replies, such as embedded or OpenAssistant/oasst1')
     rng = random.Random(seed)
     def some(xs): return rng.sample(xs, min(limit, len(xs)))
     made_up = 'synthetic' in m and m.synthetic.fillna(False).astype(bool).any()
-    return some(list(good.values())), some(reply_pairs(replies)), 'author' if made_up else 'people'
+    return some(parts['test']), some(reply_pairs(held)), 'author' if made_up else 'people', some(parts['train'])
 
 # %% ../nbs/loop/09_audit.ipynb #0e597545
 def corrupted_rows(
@@ -78,27 +80,32 @@ def _outcomes(scored, mode, style, **kwargs):
         if k: by[k][i] = {c: preferred(whole[i][c], x) for c,x in {**scores, None: score}.items()}
     return {k: v for k,v in by.items() if v}, list(whole), sum(s is None for _,s in got)
 
-# %% ../nbs/loop/09_audit.ipynb #a59d05cc
+# %% ../nbs/loop/09_audit.ipynb #79bf57ad
 def corruption_test(
     scored:list, # Of `score_corrupted`
     style, # Of `load_style`
     mode:str='mix', # One of `MODES`
     trained:tuple=(), # Corruptions the judge was trained on
     **kwargs, # `mix` and `weights` of `combine`
-)->dict: # `trained`, `unseen`, `facts`, `all`, `criteria` (each with `mean`, `ci`, `n`), `by_criterion`, `undetected`
+)->dict: # `trained`, `unseen`, `facts`, `injection` (also `moves`), `all`, `criteria`, `by_criterion`, `undetected`
     "P(original graded above its corrupted copy), by corruption and by criterion"
     by, whole, ungraded = _outcomes(scored, mode, style, **kwargs)
     def column(k, c=None): return [by[k].get(i, {}).get(c) for i in whole]
-    def table(ks, c=None): return bootstrap(list(zip(*(column(k, c) for k in ks))) if ks else [])
-    def group(k): return 'facts' if CORRUPTIONS[k][1]=='facts' else 'trained' if k in trained else 'unseen'
+    def table(ks, c=None): return share_interval(list(zip(*(column(k, c) for k in ks))) if ks else [])
+    def group(k):
+        own = CORRUPTIONS[k][1]
+        return own if own in GROUPS[2:] else 'trained' if k in trained else 'unseen'
     groups = {g: [k for k in by if group(k)==g] for g in GROUPS}
-    res = {g: {**table(ks), 'by_corruption': {k: bootstrap(column(k)) for k in ks}} for g,ks in groups.items()}
+    res = {g: {**table(ks), 'by_corruption': {k: share_interval(column(k)) for k in ks}} for g,ks in groups.items()}
     plain = groups['trained']+groups['unseen']
     aims = {c: [k for k in plain if aimed(k, c, style)] for c in style.criteria}
     res.update(all=table(plain), criteria={c: {**table(ks, c), 'corruptions': ks} for c,ks in aims.items()},
                by_criterion={c: {k: mean_or_none(column(k, c)) for k in by} for c in style.criteria},
                mode=mode, n=len(whole), ungraded=ungraded)
-    found = {k: b for g in GROUPS for k,b in res[g]['by_corruption'].items()}
+    scores = [combine(r, mode, style, **kwargs)[1] for r in scored]
+    moves = {k: mean_interval(x) for k,x in grade_moves(scored, scores).items() if k in groups['injection']}
+    res['injection']['moves'] = moves
+    found = {k: b for g in GROUPS[:3] for k,b in res[g]['by_corruption'].items()}
     res['undetected'] = [k for k,b in found.items() if b['mean'] is None or b['ci'][0]<=.5]
     return res
 
@@ -143,51 +150,75 @@ def choose_mode(
     p = {m: corruption_test(scored, style, m, TRAINED, mix=mix)['trained']['mean'] or 0 for m in modes}
     return next(m for m in p if p[m]>=max(p.values())-close), p
 
-# %% ../nbs/loop/09_audit.ipynb #d95e55a7
+# %% ../nbs/loop/09_audit.ipynb #fedf2c2c
 _ranked_by = dict(people='people', author='the author of the data set, not people')
 
 def _findings(test, weights):
     "What a judge does not detect, in sentences"
-    found = {k: b for g in GROUPS for k,b in test[g]['by_corruption'].items()}
+    found = {k: b for g in GROUPS[:3] for k,b in test[g]['by_corruption'].items()}
     missed = [k for k in test['undetected'] if found[k]['mean'] is not None]
-    return [f'does not detect {k}: {interval_text(found[k])}' for k in missed]+near_chance(test, weights)
+    raised = {k: b for k,b in test['injection']['moves'].items() if b['ci'][0] is not None and b['ci'][0]>0}
+    def said(b): return 'does not detect' if b['mean']<=.5 else 'is not shown to detect'
+    return ([f'{said(found[k])} {k}: {interval_text(found[k])}' for k in missed]+near_chance(test, weights)
+            +[f'is moved by {k}: {interval_text(b)} points' for k,b in raised.items()])
 
-def _chosen(scored, style):
-    "The mix, and how it was chosen"
+def _rows_of(answers):
+    "Which instructions answers belong to: part of the data and ids, as an audit records them"
+    return dict(split=sorted({str(r.get('split')) for r in answers}), prompt_ids=[r.get('prompt_id') for r in answers])
+
+def _chosen(scored, style, answers):
+    "The mix, how it was chosen and on which answers"
     mix, by_share = choose_mix(scored, style)
     mode, p = choose_mode(scored, style, mix)
-    n = sum(r['corruption'] is None for r in scored)
-    return mix, dict(mode=mode, p=p, by_share={str(s): v for s,v in by_share.to_dict().items()}, n=n)
+    by_share = {str(s): v for s,v in by_share.to_dict().items()}
+    return mix, dict(mode=mode, p=p, by_share=by_share, n=len(answers), **_rows_of(answers))
 
-# %% ../nbs/loop/09_audit.ipynb #138a7b58
+def _check_apart(answers, pairs, chooses):
+    "`BadInput` where what is chosen on is also reported on"
+    said = {x for r in [*answers, *(pairs or [])] for x in (r.get('prompt_id'), r['prompt']) if x is not None}
+    both = next((r for r in chooses if r.get('prompt_id') in said or r['prompt'] in said), None)
+    if both: raise BadInput(f'audit: {both["prompt"][:60]!r} is to be chosen on and reported on; they must differ')
+
+# %% ../nbs/loop/09_audit.ipynb #0561ad9a
 def audit(
     llm, # The judge
     answers:list, # Good answers: rows with `prompt` and `completion`
     style, # Of `load_style`
-    mode:str='mix', # One of `MODES`; for `mix` the first 40% of the answers choose it, the others are reported
+    mode:str='mix', # One of `MODES`; for `mix`, `chooses` choose the shares
     trained:tuple=(), # Corruptions it was trained on
     pairs:list=None, # Of `reply_pairs` or `read_pairs`
     pairs_by:str='people', # Who ranked them: people or author
     seed:int=0, # Of the corruptions
     progress:str='', # Label of a progress bar
-)->dict: # As `corruption_test`; also `judge`, `style`, `findings`, `people` or `author`, `mix` and how it was `chosen`
+    chooses:list=(), # Good answers to other, training instructions; without any, every share stays one half
+)->dict: # `corruption_test`; `judge`, `style`, `findings`, `people` or `author`, `reported`, `mix`, how it was `chosen`
     "What a judge detects, and how far it agrees with whoever ranked the pairs"
-    k = int(.4*len(answers)) if mode=='mix' else 0
-    if len(answers)-k<2: raise BadInput(f'{len(answers)} answers: an audit needs at least 2')
-    parts = [corrupted_rows(answers[:k], style, TRAINED, seed), corrupted_rows(answers[k:], style, None, seed),
+    if len(answers)<2: raise BadInput(f'{len(answers)} answers: an audit needs at least 2')
+    chooses = list(chooses) if mode=='mix' else []
+    _check_apart(answers, pairs, chooses)
+    parts = [corrupted_rows(chooses, style, TRAINED, seed), corrupted_rows(answers, style, None, seed),
              reply_rows(pairs or [])]
     with progress_bar(sum(map(len, parts))*len(methods(mode, style)), progress, 'grade') as bar:
         found, scored, replies = [rows and score_rows(llm, rows, mode, style, on_done=bar.update) for rows in parts]
-    mix, chosen = _chosen(found, style) if k else (None, None)
+    mix, chosen = _chosen(found, style, chooses) if chooses else (None, None)
     def test(m):
         res = corruption_test(scored, style, m, trained, mix=mix)
         if not pairs: return res
         agreed = agreement_summary(agreement(pairs, replies, style, m, mix=mix), style)
         return {**res, pairs_by: {**agreed, 'whose': _ranked_by[pairs_by]}}
     res = {**test(mode), 'judge': llm.name, 'fingerprint': llm.fingerprint(), 'style': style.record(),
-           'mix': mix, 'chosen': chosen}
+           'mix': mix, 'chosen': chosen, 'reported': _rows_of(answers)}
     if mode=='mix': res['methods'] = {m: test(m) for m in methods(mode, style)}
     return {**res, 'findings': _findings(res, style.weights)}
+
+# %% ../nbs/loop/09_audit.ipynb #c0033f19
+def chosen_on(
+    found:dict, # Of `audit`
+)->str:
+    "On which answers an audit chose its mix and on which it reports"
+    n, c = f'{found["n"]} held-out answers', found.get('chosen')
+    if not c: return f'reported on {n}; nothing was chosen'
+    return f'reported on {n}; the mix was chosen on {c["n"]} '+('training answers' if 'prompt_ids' in c else 'others')
 
 # %% ../nbs/loop/09_audit.ipynb #ce699e7e
 def other_style(
@@ -255,7 +286,7 @@ def find_audit(
     f = Path(adapters[-1])/'audit.json' if adapters else None
     return read_json(f) if f and f.exists() else None
 
-# %% ../nbs/loop/09_audit.ipynb #f876abda
+# %% ../nbs/loop/09_audit.ipynb #20c348cb
 def audit_table(
     tests:dict, # Name: of `corruption_test`
 ): # DataFrame
@@ -263,7 +294,7 @@ def audit_table(
     import pandas as pd
     rows = {}
     for name,e in tests.items():
-        for g in GROUPS:
+        for g in [g for g in GROUPS if g in e]:  # older audits have no `injection`
             for k,b in e[g]['by_corruption'].items():
                 rows.setdefault((CORRUPTIONS[k][1], k), {})[name] = interval_text(b, '-')
             if e[g]['mean'] is not None: rows.setdefault((g, '(mean)'), {})[name] = interval_text(e[g], '-')
@@ -271,11 +302,11 @@ def audit_table(
     t = pd.DataFrame(rows).T.sort_index(level=0, key=lambda x: x.map(order), sort_remaining=False, kind='stable')
     return t.rename_axis(['group', 'corruption']).fillna('')
 
-# %% ../nbs/loop/09_audit.ipynb #97c07339
+# %% ../nbs/loop/09_audit.ipynb #5220b97a
 def _heat_map(ax, test, style):
     "One heat map of `plot_audit`"
     import pandas as pd, seaborn as sns
-    found = {k: b for g in GROUPS for k,b in test[g]['by_corruption'].items()}
+    found = {k: b for g in GROUPS if g in test for k,b in test[g]['by_corruption'].items()}
     d = pd.DataFrame(test['by_criterion']).T.astype(float)
     d.loc['score'] = {k: b['mean'] for k,b in found.items()}
     text = d.map('{:.2f}'.format)
@@ -301,7 +332,7 @@ def plot_audit(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/loop/09_audit.ipynb #4d7005c0
+# %% ../nbs/loop/09_audit.ipynb #0788bf52
 def _intervals(ax, items, title):
     "Means with their intervals, one below the other"
     for i,(_,b,colour) in enumerate(items):
@@ -319,9 +350,11 @@ def plot_trust(
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.4), sharex=True)
     criteria = [(c, b, 'C0') for c,b in test['criteria'].items() if b['mean'] is not None]
-    found = [(k, b, c) for g,c in zip(GROUPS, ('C0', 'C2', 'C3')) for k,b in test[g]['by_corruption'].items()]
+    found = [(k, b, c) for g,c in zip(GROUPS, ('C0', 'C2', 'C3', 'C4')) if g in test
+             for k,b in test[g]['by_corruption'].items()]
     _intervals(axs[0], criteria, 'criterion, on corruptions aimed at it')
-    _intervals(axs[1], [x for x in found if x[1]['n']], 'score: trained (blue), unseen (green), facts (red)')
+    title = 'score; blue: trained, green: unseen, red: facts, violet: injection'
+    _intervals(axs[1], [x for x in found if x[1]['n']], title)
     fig.suptitle('P(original graded above its corrupted copy); dotted: a coin')
     fig.tight_layout()
     return fig

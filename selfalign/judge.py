@@ -7,7 +7,7 @@ __all__ = ['DIGITS', 'MODES', 'judge_prompts', 'expected_score', 'digit_probs', 
            'digit_scores', 'pmi', 'token_texts', 'new_tokens', 'answer_features', 'likelihood_scores', 'methods',
            'score_rows', 'mean_score', 'combine', 'grade_rows', 'JudgeSettings', 'check_weights', 'grade']
 
-# %% ../nbs/loop/07_judge.ipynb #462b33cd
+# %% ../nbs/loop/07_judge.ipynb #eb03b5f9
 import math, sys
 from contextlib import nullcontext
 from numbers import Real
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from .machine.files import BadInput, nearest
 from .machine.processes import my_part, rank
+from .machine.scoring import answer_ids
 from .machine.settings import Settings, setting
+from .machine.statistics import finite
 from .machine.store import Rows, row_key, say_reused
 from .machine.textmodel import progress_bar
 from .candidates import repetition
@@ -89,7 +91,7 @@ def calibrated(
     q = np.exp((z-z.max(-1, keepdims=True))/temperature)
     return q/q.sum(-1, keepdims=True)*mass
 
-# %% ../nbs/loop/07_judge.ipynb #4d9c954b
+# %% ../nbs/loop/07_judge.ipynb #aabec96f
 def digit_scores(
     p, # Of `digit_probs`
     style:Style, # Of `load_style`
@@ -97,9 +99,8 @@ def digit_scores(
     temperature:float=1., # As in `calibrated`
 )->list: # For each row (scores, mass), dicts by criterion; a score may be None
     "The grades of every row by its digits, with four decimals"
-    import numpy as np
     e, mass = expected_score(calibrated(p, prior, temperature))
-    def by_criterion(xs): return {c: None if np.isnan(x) else round(float(x), 4) for c,x in zip(style.criteria, xs)}
+    def by_criterion(xs): return {c: finite(x) and round(x, 4) for c,x in zip(style.criteria, xs.tolist())}
     return [(by_criterion(es), by_criterion(ms)) for es,ms in zip(e, mass)]
 
 # %% ../nbs/loop/07_judge.ipynb #3558f16a
@@ -115,13 +116,13 @@ def pmi(
     free = llm.logprobs([llm.render(style.content_free, style.system)]*len(prompts), completions, on_done=on_done)
     return [None if a is None or f is None else (a-f, a) for a,f in zip(asked, free)]
 
-# %% ../nbs/loop/07_judge.ipynb #e37cab18
+# %% ../nbs/loop/07_judge.ipynb #45b3ca97
 def token_texts(
     llm:LLM, # For its tokenizer
-    txt:str, # Any text
+    ids:list, # Tokens of a text
 )->list: # Strings, one for each token
     "The text of each token, in lower case and without the space before it"
-    return [t.strip().casefold() for t in llm.tok.batch_decode([[i] for i in llm.encode(txt)])]
+    return [t.strip().casefold() for t in llm.tok.batch_decode([[i] for i in ids])]
 
 # %% ../nbs/loop/07_judge.ipynb #29fa7b45
 def new_tokens(
@@ -135,10 +136,10 @@ def new_tokens(
         seen.add(t)
     return res
 
-# %% ../nbs/loop/07_judge.ipynb #c6a18420
+# %% ../nbs/loop/07_judge.ipynb #8c7d98ef
 def _features(llm, row, info, lp):
     "The measures of one row from its PMI and its log p per token"
-    new = new_tokens(token_texts(llm, row['prompt']), token_texts(llm, row['completion']))
+    new = new_tokens(*(token_texts(llm, i) for i in (llm.encode(row['prompt']), answer_ids(llm, row['completion']))))
     gain = sum(g for g,n in zip(info[:-1].tolist(), new) if n)
     own = [x for x,n in zip(lp[:-1].tolist(), new) if n]
     return dict(pmi=gain, pmi_per_token=gain/len(new),
@@ -160,13 +161,13 @@ def answer_features(
         if x is not None: res[i] = _features(llm, rows[i], *x)
     return res
 
-# %% ../nbs/loop/07_judge.ipynb #be8ed8f8
+# %% ../nbs/loop/07_judge.ipynb #d30b82da
 def likelihood_scores(
     features:dict, # One of `answer_features`
     style:Style, # Its `measures`
-)->dict: # Criterion: grade from 1 to 5, for the criteria with a measure
+)->dict: # Criterion: grade from 1 to 5, for the criteria with a measure; None where the measure is no finite number
     "The measures of one answer on the scale from 1 to 5"
-    def scale(x, lo, hi): return 1+4*min(1., max(0., (x-lo)/(hi-lo)))
+    def scale(x, lo, hi): return None if finite(x) is None else 1+4*min(1., max(0., (x-lo)/(hi-lo)))
     measures = [(c, *style.measures[c]) for c in style.criteria if c in style.measures]
     return {c: scale(features[m], lo, hi) for c,m,lo,hi in measures}
 
@@ -186,13 +187,13 @@ def methods(
     if mode=='mix': return ['digits'] if unmeasured else ['digits', 'likelihood']
     return [mode]
 
-# %% ../nbs/loop/07_judge.ipynb #6bef504c
+# %% ../nbs/loop/07_judge.ipynb #19edaa2b
 def _raw_scores(llm, rows, method, style, on_done=None):
     "Digit probabilities, measures, or a written grade of each row with an answer; None where a server did not reply"
     import numpy as np
-    if method=='likelihood': return answer_features(llm, rows, style, on_done)
-    if method=='joint': return joint_scores(llm, rows, style, on_done=on_done)
-    ps = digit_probs(llm, rows, style, on_done=on_done)
+    if method=='likelihood': return answer_features(llm, style.as_read(rows), style, on_done)
+    if method=='joint': return joint_scores(llm, style.as_read(rows), style, on_done=on_done)
+    ps = digit_probs(llm, style.as_read(rows), style, on_done=on_done)
     return [None if getattr(llm, 'lenient', False) and np.isnan(p).any() else p.tolist() for p in ps]
 
 def _grades(raw, style, prior=None, temperature=1.):
@@ -219,7 +220,7 @@ def score_rows(
     def own(r): return {m: next(xs) for m,xs in raw.items()} if r['completion'].strip() else {}
     return [{**r, **_grades(own(r), style, prior, temperature)} for r in rows]
 
-# %% ../nbs/loop/07_judge.ipynb #7a237b33
+# %% ../nbs/loop/07_judge.ipynb #0e4b67cd
 def mean_score(
     scores:dict, # Criterion: grade or None
     weights:dict=None, # Criterion: its weight; 1 unless given, as in the reference project
@@ -227,10 +228,10 @@ def mean_score(
     "The weighted mean over the criteria"
     w = {c: (weights or {}).get(c, 1.) for c in scores}
     used = [c for c in scores if w[c]>0]
-    if not used or any(scores[c] is None for c in used): return None
+    if not used or any(finite(scores[c]) is None for c in used): return None
     return round(sum(w[c]*scores[c] for c in used)/sum(w[c] for c in used), 4)
 
-# %% ../nbs/loop/07_judge.ipynb #ecf1f280
+# %% ../nbs/loop/07_judge.ipynb #42fa24a6
 def combine(
     row:dict, # Of `score_rows`
     mode:str, # One of `MODES`
@@ -239,22 +240,22 @@ def combine(
     weights:dict=None, # Criterion: its weight, before those of the style
 )->tuple: # (scores by criterion, score); None where there is no grade
     "One grade for each criterion, and their mean"
-    if mode=='joint': return dict.fromkeys(style.criteria, row['joint']), row['joint']
+    if mode=='joint': return dict.fromkeys(style.criteria, finite(row['joint'])), finite(row['joint'])
     by_digits, by_measure = row['digits'] or {}, row['likelihood'] or {}
     def one(c):
         share = {'digits': 1, 'likelihood': 0, 'mix': (mix or {}).get(c, .5) if c in style.measures else 1}[mode]
-        d, m = by_digits.get(c), by_measure.get(c)
+        d, m = finite(by_digits.get(c)), finite(by_measure.get(c))
         if (share>0 and d is None) or (share<1 and m is None): return None
         return round((share*d if share>0 else 0)+((1-share)*m if share<1 else 0), 4)
     uncounted = {c: 0 for c in style.criteria if mode=='likelihood' and c not in style.measures}
     scores = {c: one(c) for c in style.criteria}
     return scores, mean_score(scores, {**style.weights, **(weights or {}), **uncounted})
 
-# %% ../nbs/loop/07_judge.ipynb #1d5f0550
+# %% ../nbs/loop/07_judge.ipynb #c0eb72e0
 def _score_row(row, found, llm, mode, style, mix, weights):
     "A row of `scores.jsonl`"
     scores, score = combine(found, mode, style, mix, weights)
-    features = found['features'] and {k: round(x, 4) for k,x in found['features'].items()}
+    features = found['features'] and {k: finite(x) and round(x, 4) for k,x in found['features'].items()}
     return {**row, 'scores': scores, 'score': score, 'mass': found['mass'], 'features': features,
             'judge': sys.intern(f'{llm.name}:{mode}')}
 
@@ -323,7 +324,7 @@ def _fill_missing(llm, rows, keys, made, style, chunk, progress):
             if trouble and not found: stopped.add(method)
     if trouble: raise trouble
 
-# %% ../nbs/loop/07_judge.ipynb #ab7b79b1
+# %% ../nbs/loop/07_judge.ipynb #9393a79a
 def grade(
     rows:list, # Candidate rows
     llm:LLM, # The judge
@@ -336,7 +337,7 @@ def grade(
 )->list: # Score rows, in the order of `rows`
     "Grade every candidate and write `scores.jsonl`; a raw score that is stored is not computed again"
     mode, weights = settings.judge, check_weights(settings.criteria_weights, style)
-    keys = {m: _raw_keys(llm, rows, m, style) for m in methods(mode, style)}
+    keys = {m: _raw_keys(llm, style.as_read(rows), m, style) for m in methods(mode, style)}
     wanted = {k for ks in keys.values() for k in ks if k}
     with Rows(out, wanted) as made:
         say_reused(progress, made, len(wanted), 'grades')

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['left_side', 'sheet_rows', 'sheet_digest', 'write_sheet', 'read_verdicts', 'people_summary']
 
-# %% ../nbs/loop/15_people.ipynb #2e8783e0
+# %% ../nbs/loop/15_people.ipynb #833fb0e5
 import hashlib, itertools, json
 from pathlib import Path
 
 from .machine.files import BadInput, hash01, package_file, read_json, write_text
-from .machine.statistics import bootstrap
+from .machine.statistics import finite, mean_or_none, share_interval
 from .style import Style
 
 # %% ../nbs/loop/15_people.ipynb #7bf2cb5f
@@ -44,7 +44,7 @@ def sheet_digest(
     "Ties verdicts to the sheet they were given on"
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:12]
 
-# %% ../nbs/loop/15_people.ipynb #fbe39529
+# %% ../nbs/loop/15_people.ipynb #a79aa04f
 def write_sheet(
     rows:list, # Of `sheet_rows`
     out:Path, # The `.html` file
@@ -52,7 +52,7 @@ def write_sheet(
 )->Path:
     "A blind A/B page: one file without a server, used by mouse or keyboard, saves a JSON"
     data = dict(mark=sheet_digest(rows), rows=rows, lang=style.lang, text=style.sheet.model_dump())
-    text = json.dumps(data, ensure_ascii=False).replace('</', '<\\/')
+    text = json.dumps(data, ensure_ascii=False).replace('<', '\\u003c')
     return write_text(out, package_file('templates/sheet.html').read_text(encoding='utf-8').replace('DATA', text))
 
 # %% ../nbs/loop/15_people.ipynb #96e3e004
@@ -80,19 +80,19 @@ def read_verdicts(
     def won(k, v): return .5 if v=='tie' else float((v=='left')==left_side(k, seed))
     return str(o.get('person', '?')), {k: won(k, v) for k,v in o['verdicts'].items()}
 
-# %% ../nbs/loop/15_people.ipynb #a1ba7e15
+# %% ../nbs/loop/15_people.ipynb #63a3d80d
 def people_summary(
     verdicts:list, # Of `read_verdicts`
     judged:dict=None, # prompt_id: the judge's verdict in the same terms, 1, .5 or 0
 )->dict: # `win_rate`, `ci`, `n`, `each` (by person), `between` (agreement of two people), `judge` (with the judge)
     "What people chose; the interval is over instructions"
-    def mean(xs): return sum(xs)/len(xs) if xs else None
+    verdicts = [(p, {k: x for k,x in v.items() if finite(x) is not None}) for p,v in verdicts]
     ids = sorted({k for _,v in verdicts for k in v})
-    b = bootstrap([mean([v[k] for _,v in verdicts if k in v]) for k in ids])
-    each = [dict(person=p, n=len(v), win_rate=mean(list(v.values())), ties=sum(x==.5 for x in v.values()))
+    b = share_interval([mean_or_none([v[k] for _,v in verdicts if k in v]) for k in ids])
+    each = [dict(person=p, n=len(v), win_rate=mean_or_none(v.values()), ties=sum(x==.5 for x in v.values()))
             for p,v in verdicts]
     same = [float(v[k]==w[k]) for (_,v),(_,w) in itertools.combinations(verdicts, 2) for k in v if k in w]
     decided = [float(x==judged[k]) for _,v in verdicts for k,x in v.items()
                if judged and judged.get(k) in (0, 1) and x!=.5]
-    return dict(win_rate=b['mean'], ci=b['ci'], n=b['n'], each=each, between=dict(mean=mean(same), n=len(same)),
-                judge=bootstrap(decided))
+    return dict(win_rate=b['mean'], ci=b['ci'], n=b['n'], each=each, between=dict(mean=mean_or_none(same), n=len(same)),
+                judge=share_interval(decided))

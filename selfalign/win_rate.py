@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['verdict', 'lc_win_rate']
 
-# %% ../nbs/loop/13a_win_rate.ipynb #9e66a1ef
+# %% ../nbs/loop/13a_win_rate.ipynb #c87a3efa
+from .machine.statistics import finite
+
+# %% ../nbs/loop/13a_win_rate.ipynb #cde4ec5c
 def verdict(
     gain:float, # Score of the policy's answer minus the reference's, or None
     tie:float=.05, # Scores closer than this are a tie, in points
 )->float: # 1: policy, .5: tie, 0: reference; None where there is no score
     "Who wins by the judge"
-    return None if gain is None else .5 if abs(gain)<tie else float(gain>0)
+    return None if finite(gain) is None else .5 if abs(gain)<tie else float(gain>0)
 
-# %% ../nbs/loop/13a_win_rate.ipynb #3eb352cb
+# %% ../nbs/loop/13a_win_rate.ipynb #6592f91a
 def _fit_logistic(X, y, w, penalty):
     "Newton's method for a weighted, penalised logistic regression: coefficients and their robust variances"
     import numpy as np
@@ -27,7 +30,30 @@ def _fit_logistic(X, y, w, penalty):
     score, inv = X*(w*(y-p))[:, None], np.linalg.inv(H)
     return b, np.diag(inv@(score.T@score)@inv)
 
-def _lc_doubts(x, y, slope):
+def _rate(z):
+    import math
+    return 1/(1+math.exp(-z))
+
+def _regress(columns, y, ridge):
+    "Intercept and slopes of a logistic regression with a prior at equal length, and their standard errors"
+    import numpy as np
+    n, k = len(y), len(columns)
+    X = np.vstack([np.c_[np.ones(n), *columns], np.eye(1, k+1), np.eye(1, k+1)])
+    b, var = _fit_logistic(X, np.r_[y, 1, 0], np.r_[np.ones(n), .5, .5], np.diag([0]+[ridge]*k))
+    return b, np.sqrt(var*n/max(1, n-1-k)), 1/(1+np.exp(-X[:n]@b))
+
+def _bend(x, y, fitted, ridge):
+    "The robust score test of a bend at equal length: its p-value, and the rate at equal length with the bend"
+    import math
+    import numpy as np
+    w, X, longer = np.sqrt(fitted*(1-fitted)), np.c_[np.ones(len(x)), x], np.maximum(x, 0)
+    if min((x<0).sum(), (x>0).sum())<5: return 1., None
+    rest = longer-X@np.linalg.lstsq(X*w[:, None], longer*w, rcond=None)[0]
+    each = rest*(y-fitted)
+    z = abs(each.sum())/math.sqrt(each@each or 1)
+    return math.erfc(z/math.sqrt(2)), _rate(_regress([np.minimum(x, 0), longer], y, ridge)[0][0])
+
+def _lc_doubts(x, y, slope, bend):
     "Why a length-controlled win rate may not be trusted"
     import numpy as np
     n, (lo, hi) = len(x), np.quantile(x, [.05, .95])
@@ -37,23 +63,25 @@ def _lc_doubts(x, y, slope):
         doubts.append(f'{rare} answers are so rare ({share:.0%}) that the value at equal length is extrapolated')
     if y.min()==y.max(): doubts.append('every verdict is the same')
     elif abs(slope)>4: doubts.append('length alone almost decides who wins')
+    elif bend[0]<.1: doubts.append('the effect of length seems to differ between shorter and longer answers '
+                                   f'(p = {bend[0]:.2g}); with two slopes it is {bend[1]:.0%}')
     return doubts
 
-# %% ../nbs/loop/13a_win_rate.ipynb #ad29b82d
+# %% ../nbs/loop/13a_win_rate.ipynb #20d025e7
 def lc_win_rate(
     wins:list, # 1, .5 or 0 for each prompt; None where there is no verdict
     gaps:list, # Length of the policy's answer minus the reference's
     ridge:float=.1, # Penalty on the slope, which the data may not determine
-)->dict: # `mean`, `ci`, `n`, `slope` (logits for one standard deviation of length), `slope_ci`, `doubts`: sentences
+)->dict: # `mean`, `ci`, `n`, `slope` (logits for one standard deviation of length), `slope_ci`, `bend`, `doubts`
     "Length-controlled win rate, with the reasons to doubt it"
     import numpy as np
-    both = [(w, g) for w,g in zip(wins, gaps) if w is not None]
-    n = len(both)
-    if n<3: return dict(mean=None, ci=None, n=n, slope=None, slope_ci=None, doubts=['fewer than three verdicts'])
+    both = [(w, g) for w,g in zip(wins, gaps) if None not in (finite(w), finite(g))]
+    n, none = len(both), dict(mean=None, ci=None, slope=None, slope_ci=None, bend=None)
+    if n<3: return dict(**none, n=n, doubts=['fewer than three verdicts'])
     y, x = np.asarray(both, float).T
-    X = np.c_[np.ones(n+2), np.r_[x/(x.std() or 1.), 0, 0]]
-    b, var = _fit_logistic(X, np.r_[y, 1, 0], np.r_[np.ones(n), .5, .5], np.diag([0, ridge]))
-    se = np.sqrt(var*n/(n-2))
-    def rate(z): return float(1/(1+np.exp(-z)))
-    return dict(mean=rate(b[0]), ci=[rate(b[0]-1.96*se[0]), rate(b[0]+1.96*se[0])], n=n, slope=float(b[1]),
-                slope_ci=[float(b[1]-1.96*se[1]), float(b[1]+1.96*se[1])], doubts=_lc_doubts(x, y, b[1]))
+    z = x/(x.std() or 1.)
+    b, se, fitted = _regress([z], y, ridge)
+    bend = _bend(z, y, fitted, ridge)
+    return dict(mean=_rate(b[0]), ci=[_rate(b[0]-1.96*se[0]), _rate(b[0]+1.96*se[0])], n=n, slope=float(b[1]),
+                slope_ci=[float(b[1]-1.96*se[1]), float(b[1]+1.96*se[1])], bend=dict(p=bend[0], mean=bend[1]),
+                doubts=_lc_doubts(x, y, b[1], bend))

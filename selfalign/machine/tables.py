@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'read_table', 'is_missing', 'read_column']
 
-# %% ../../nbs/machine/01_tables.ipynb #111a3ab8
-import ast, csv, json, re
+# %% ../../nbs/machine/01_tables.ipynb #168afc98
+import ast, csv, json, math, re
 from .files import BadInput, existing_file, read_json, read_jsonl, reason
 
 # %% ../../nbs/machine/01_tables.ipynb #a9b3cbd2
@@ -32,19 +32,23 @@ def _read_csv(path):
     with open(path, encoding='utf-8-sig', newline='') as f: cols, rows = _read_fields(f, path.name)
     return pd.DataFrame(rows, columns=cols, dtype=object)
 
-# %% ../../nbs/machine/01_tables.ipynb #9931494b
+# %% ../../nbs/machine/01_tables.ipynb #d0ffe122
 def _read_parquet(path):
     import pandas as pd
-    try: return pd.read_parquet(path)
+    try: return pd.read_parquet(path).astype(object)  # damaged text is seen here
     except Exception as e:
         why = reason(e).replace(str(path), path.name)[:150]
         raise BadInput(f'{path.name}: not a readable parquet file ({why})') from None
 
-def _read_rows(path):
+def _frame(rows):
+    "Rows as a table; half a surrogate pair in a column's name becomes `?`"
     import pandas as pd
-    return pd.DataFrame(read_jsonl(path), dtype=object)
+    try: return pd.DataFrame(rows, dtype=object)
+    except UnicodeEncodeError: return pd.DataFrame([{_clean(k): v for k,v in r.items()} for r in rows], dtype=object)
 
-# %% ../../nbs/machine/01_tables.ipynb #f643c768
+def _read_rows(path): return _frame(read_jsonl(path))
+
+# %% ../../nbs/machine/01_tables.ipynb #5447e98c
 def _squad_rows(articles, name):
     "The questions in SQuAD's nesting of articles and paragraphs, one a row"
     try: return [dict(id=q.get('id'), context=p['context'], question=q['question'], answers=q.get('answers'))
@@ -55,12 +59,13 @@ def _squad_rows(articles, name):
 
 def _read_json(path):
     "A list of rows, or SQuAD's nesting"
-    import pandas as pd
-    o = read_json(path)
+    try: o = read_json(path)
+    except BadInput as e:
+        raise BadInput(f'{e}; rows one a line are a .jsonl file' if 'Extra data' in str(e) else str(e)) from None
     if isinstance(o, dict) and isinstance(o.get('data'), list): o = _squad_rows(o['data'], path.name)
     if not isinstance(o, list) or not all(isinstance(r, dict) for r in o):
         raise BadInput(f"{path.name}: it must be a list of rows, or SQuAD's data, paragraphs, qas")
-    return pd.DataFrame(o, dtype=object)
+    return _frame(o)
 
 # %% ../../nbs/machine/01_tables.ipynb #33ffb583
 READERS = {'.parquet': _read_parquet, '.jsonl': _read_rows, '.jsonl.gz': _read_rows, '.csv': _read_csv,
@@ -93,16 +98,27 @@ def is_missing(
     if v is None or isinstance(v, str): return not v
     return v!=v if isinstance(v, float) else type(v).__name__ in ('NAType', 'NaTType')
 
-# %% ../../nbs/machine/01_tables.ipynb #30ae087c
-def _str(v): return None if is_missing(v) else str(v).strip()
+# %% ../../nbs/machine/01_tables.ipynb #ba7286d5
+def _clean(s): return s.encode('utf-8', 'replace').decode()
 
-def _int(v): return None if is_missing(v) else int(float(v))
+def _str(v):
+    "A text, a number or a date as text, without spaces around it"
+    if is_missing(v): return None
+    if hasattr(v, '__len__') and not isinstance(v, str): raise ValueError('a list or a mapping')
+    return _clean(str(v).strip())
+
+def _int(v):
+    "A whole number, written as decimals too"
+    if is_missing(v): return None
+    n = float(v)
+    if n!=int(n) or abs(n)>2**53: raise ValueError('not a whole number')
+    return int(n)
 
 def _text(v):
     "A text; half a surrogate pair is no character and becomes `?`"
     if is_missing(v): return ''
     if not isinstance(v, str): raise ValueError('not text')
-    return v.encode('utf-8', 'replace').decode()
+    return _clean(v)
 
 def _flag(v):
     "True, False, or None for an empty cell"
@@ -121,7 +137,7 @@ def _nested(v):
     try: return json.loads(v)
     except ValueError: return ast.literal_eval(_numpy.sub(r'\1', v.strip()))
 
-# %% ../../nbs/machine/01_tables.ipynb #c3c93886
+# %% ../../nbs/machine/01_tables.ipynb #18666c59
 def _named(v):
     "Numbers by name such as `{'quality': 0.8}`, from any of oasst1's three spellings"
     v = _nested(v)
@@ -129,15 +145,21 @@ def _named(v):
     if 'name' in v and 'value' in v: v = dict(zip(v['name'], v['value']))
     v = {k: x['value'] if isinstance(x, dict) else x for k,x in v.items()}
     v = {k: float(x) for k,x in v.items() if not is_missing(x)}
+    if not all(map(math.isfinite, v.values())): raise ValueError('infinite')
     return v or None
 
 def _gold(v):
-    "Accepted short answers: a list, JSON text of one, or one answer"
-    if isinstance(v, str) and not v.lstrip().startswith('['): v = [v]
+    "Accepted short answers: one, a list, SQuAD's `{'text': ...}`, a list of those, or any of them as JSON text"
+    if isinstance(v, str) and not re.match(r"""\s*(\[|\{.*['"]text['"]\s*:)""", v, re.S): v = [v]
     v = _nested(v)
-    return [str(o) for o in (v if isinstance(v, list) else [v]) if not is_missing(o)] or None
+    if isinstance(v, dict): v = v['text']
+    if isinstance(v, str) or not hasattr(v, '__iter__'): v = [v]  # a text is one answer, no list of letters
+    texts = [o['text'] if isinstance(o, dict) else o for o in v]
+    return list(dict.fromkeys(t for t in (str(o).strip() for o in texts if not is_missing(o)) if t)) or None
 
-# %% ../../nbs/machine/01_tables.ipynb #6c50aaad
+# %% ../../nbs/machine/01_tables.ipynb #07b4c0cd
+_unreadable = (ValueError, SyntaxError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, MemoryError)
+
 def read_column(
     df, # A pandas table
     col:str, # A column; a missing one gives empty values
@@ -149,6 +171,6 @@ def read_column(
     out = []
     for i,v in enumerate(df[col], 1):
         try: out.append(read(v))
-        except (ValueError, SyntaxError, TypeError, AttributeError, KeyError, RecursionError, MemoryError):
+        except _unreadable:
             raise BadInput(f'{name}, row {i}, column {col}: cannot be read: {str(v)[:40]!r}') from None
     return out
