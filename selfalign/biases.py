@@ -6,8 +6,8 @@
 __all__ = ['grade_table', 'length_correlations', 'as_list', 'list_preference', 'tie_share', 'digit_checks', 'biases',
            'reply_preference']
 
-# %% ../nbs/loop/09b_biases.ipynb #dfba33ac
-from .machine.statistics import bootstrap, preferred
+# %% ../nbs/loop/09b_biases.ipynb #3205fe00
+from .machine.statistics import preferred, share_interval
 from .corruptions import sentences
 from .judge import MODES, combine, digit_probs, expected_score, score_rows
 
@@ -46,17 +46,17 @@ def as_list(
     s = sentences(txt)
     return '\n'.join(f'- {x}' for x in s) if len(s)>1 and '\n' not in txt.strip() else None
 
-# %% ../nbs/loop/09b_biases.ipynb #7b4b9098
+# %% ../nbs/loop/09b_biases.ipynb #6e88033d
 def list_preference(
     plain:list, # Of `score_rows`
     lists:list, # The same answers as lists, of `score_rows`, in the same order
     style, # Of `load_style`
     mode:str='mix', # One of `MODES`
     mix:dict=None, # As in `combine`
-)->dict: # Of `bootstrap`; .5 where there is no bias
+)->dict: # Of `share_interval`; .5 where there is no bias
     "P(list graded above the same sentences)"
     def scores(rows): return [combine(r, mode, style, mix)[1] for r in rows]
-    return bootstrap([preferred(a, b) for a,b in zip(scores(lists), scores(plain))])
+    return share_interval([preferred(a, b) for a,b in zip(scores(lists), scores(plain))])
 
 # %% ../nbs/loop/09b_biases.ipynb #f723d986
 def tie_share(
@@ -82,7 +82,7 @@ def _change(a, b):
     if ok.sum()<3: return None
     return dict(mean_change=float(np.abs(a-b)[ok].mean()), correlation=float(np.corrcoef(a[ok], b[ok])[0, 1]))
 
-# %% ../nbs/loop/09b_biases.ipynb #abf617c0
+# %% ../nbs/loop/09b_biases.ipynb #51a26c0b
 def digit_checks(
     llm, # The judge
     scored:list, # Of `score_rows`, with digit probabilities `p`
@@ -90,7 +90,7 @@ def digit_checks(
 )->dict: # `reworded` (`mean_change`, `correlation`), `batch` (largest change), `entropy` by criterion
     "What another wording and another batch change, and how sure the judge is"
     import numpy as np
-    full = [r for r in scored if r['p'] is not None]
+    full = style.as_read([r for r in scored if r['p'] is not None])
     p = np.array([r['p'] for r in full])
     e, alone = (expected_score(x)[0] for x in (p, digit_probs(llm, full, style, batch_size=1)))
     other = expected_score(digit_probs(llm, full, style, texts=style.reworded))[0] if style.reworded else None
@@ -119,15 +119,15 @@ def biases(
     res['digits'].update(digit_checks(llm, scored, style))
     return res
 
-# %% ../nbs/loop/09b_biases.ipynb #18daa611
+# %% ../nbs/loop/09b_biases.ipynb #4cb7be37
 def reply_preference(
     replies:list, # Good replies, of `score_rows`
     answers:list, # A model's answers to the same questions, of `score_rows`, in the same order
     style, # Of `load_style`
     mode:str='mix', # One of `MODES`
     mix:dict=None, # As in `combine`
-)->dict: # Criterion or `score`: of `bootstrap`
+)->dict: # Criterion or `score`: of `share_interval`
     "P(good reply graded above the model's own answer to the same question)"
     pairs = [(combine(a, mode, style, mix), combine(b, mode, style, mix)) for a,b in zip(replies, answers)]
-    res = {c: bootstrap([preferred(a[c], b[c]) for (a,_),(b,_) in pairs]) for c in style.criteria}
-    return {**res, 'score': bootstrap([preferred(a, b) for (_,a),(_,b) in pairs])}
+    res = {c: share_interval([preferred(a[c], b[c]) for (a,_),(b,_) in pairs]) for c in style.criteria}
+    return {**res, 'score': share_interval([preferred(a, b) for (_,a),(_,b) in pairs])}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMATS', 'joint_prompt', 'parse_joint', 'joint_answers', 'joint_scores']
 
-# %% ../nbs/loop/06_joint.ipynb #15baea5d
+# %% ../nbs/loop/06_joint.ipynb #488e1bf7
 import json, re
 from functools import cache
 
 from .machine.files import BadInput, nearest
+from .machine.templates import plain_text
 from .llm import LLM, Sampling
 from .style import Style
 
@@ -104,7 +105,7 @@ def joint_answers(
     replies = [c.text for c, in llm.generate(prompts, 1, sampling, seed)]
     return [{**r, 'raw': t, **dict(zip(('completion', 'score'), parse_joint(t, style)))} for r,t in zip(rows, replies)]
 
-# %% ../nbs/loop/06_joint.ipynb #1e149dc7
+# %% ../nbs/loop/06_joint.ipynb #d2d67564
 def joint_scores(
     llm:LLM, # The judge
     rows:list, # Rows with `prompt` and `completion`
@@ -116,7 +117,7 @@ def joint_scores(
     "The grade a model writes after an answer given to it, in the reference project's format"
     def begin(a): return (json.dumps({'answer': a}, ensure_ascii=False)[:-1]+', "estimate": [' if fmt=='json'
                           else a+style.joint.continue_)
-    starts = [begin(r['completion'].strip()) for r in rows]
+    starts = [plain_text(llm.tok, begin(r['completion'].strip())) for r in rows]
     prompts = [llm.render(joint_prompt(r['prompt'], style, fmt))+s for r,s in zip(rows, starts)]
     greedy = Sampling(temperature=0, repetition_penalty=1., max_new_tokens=max_new_tokens)
     replies = [c.text for c, in llm.generate(prompts, 1, greedy)]

@@ -6,17 +6,18 @@
 __all__ = ['STRATEGIES', 'unfit', 'PairSettings', 'candidate_pairs', 'best_worst', 'word_gap', 'pick_pairs', 'length_price',
            'build_pairs', 'check_enough', 'write_csv', 'card', 'make_pairs', 'plot_pairs']
 
-# %% ../nbs/loop/10_pairs.ipynb #0233254f
+# %% ../nbs/loop/10_pairs.ipynb #df384279
 import csv, io
 from collections import Counter
 from pathlib import Path
 
 from .machine.files import BadInput, hash01, nearest, write_jsonl, write_text
 from .machine.settings import Settings, setting
+from .machine.templates import plain_text
 from .candidates import repetition
 from .style import Style
 
-# %% ../nbs/loop/10_pairs.ipynb #494e24e8
+# %% ../nbs/loop/10_pairs.ipynb #7d66cf09
 def unfit(
     r:dict, # Score row
     style:Style, # Its script is the one an answer should be written in
@@ -28,6 +29,7 @@ def unfit(
     if not txt: return 'empty'
     if not r['finished']: return 'unfinished'
     if repetition(txt)>most: return 'repeats itself'
+    if style.begs(txt): return 'asks for its grade'
     asked_in_script = any(c.isalpha() for c in r['prompt']) and style.in_script(r['prompt'])
     if asked_in_script and not style.in_script(txt): return 'another language'
 
@@ -44,19 +46,22 @@ class PairSettings(Settings):
     max_length_ratio: float = setting(0., 'the chosen answer is at most so many times as long as the rejected one, '
                                       'in characters; 0: any', ge=0, le=100)
 
-# %% ../nbs/loop/10_pairs.ipynb #d7ba7fd3
-def _grade(r, by): return (r.get('scores') or {}).get(by) if by else r.get('score')
+# %% ../nbs/loop/10_pairs.ipynb #7e66a1aa
+def _grade(r, by=''):
+    "The grade that decides; None where there is none"
+    g = (r.get('scores') or {}).get(by) if by else r.get('score')
+    return None if g!=g else g
 
 def _split(prompt_id, test_share): return 'test' if hash01('pairs'+prompt_id)<test_share else 'train'
 
-def _pmi(r): return (r.get('features') or {}).get('pmi', 0.)
+def _pmi(r): return (r.get('features') or {}).get('pmi') or 0.
 
 def _pair(c, r, by):
     return dict(prompt_id=c['prompt_id'], prompt=c['prompt'], chosen=c['completion'].strip(),
                 rejected=r['completion'].strip(), score_chosen=c['score'], score_rejected=r['score'],
                 margin=round(_grade(c, by)-_grade(r, by), 4))
 
-# %% ../nbs/loop/10_pairs.ipynb #91e659f8
+# %% ../nbs/loop/10_pairs.ipynb #e2d57fb4
 def candidate_pairs(
     rows:list, # Score rows of one prompt
     style:Style, # For `unfit`, and for the names of the criteria
@@ -65,7 +70,7 @@ def candidate_pairs(
     "Every valid pair of one prompt's answers, or the reason why there is none"
     margin, ratio = settings.margin, settings.max_length_ratio
     by = settings.strategy if settings.strategy in style.criteria else ''
-    graded = [r for r in rows if r.get('score') is not None and _grade(r, by) is not None and r['completion'].strip()]
+    graded = [r for r in rows if None not in (_grade(r), _grade(r, by)) and r['completion'].strip()]
     if len(graded)<2: return [], 'fewer than two graded answers'
     fit = [r for r in graded if unfit(r, style) is None]
     if not fit:
@@ -77,7 +82,7 @@ def candidate_pairs(
     if settings.require_pmi: found = [(c, r) for c,r in found if _pmi(c)>=_pmi(r)]
     if not found: return [], 'the shorter answers say less'
     widest = max(_grade(c, by)-_grade(r, by) for c,r in found)
-    if widest<=0: return [], 'tie' if widest==0 else 'only the worse answer may be chosen'
+    if widest<1e-9: return [], 'tie' if widest>-1e-9 else 'only the worse answer may be chosen'
     if widest<margin: return [], 'margin too small'
     pairs = [_pair(c, r, by) for c,r in found if _grade(c, by)-_grade(r, by)>=max(margin, 1e-9)]
     return sorted(pairs, key=lambda p: -p['margin']), None
@@ -211,7 +216,7 @@ def card(
         'trained on). `data4alignment_train.csv` and `data4alignment_test.csv` hold every graded answer: '
         f'`instruction, answer, estimate`.\n\n| prompts that gave no pair | number |\n|---|---|\n{lost}')
 
-# %% ../nbs/loop/10_pairs.ipynb #08d24a21
+# %% ../nbs/loop/10_pairs.ipynb #659a1d8c
 def make_pairs(
     rows:list, # Score rows
     folder:Path, # Where the files go
@@ -220,6 +225,7 @@ def make_pairs(
     test_share:float=.1, # Share of the prompts set aside
 )->dict: # Counts for the run's record
     "Write `pairs.jsonl`, `data4alignment_{train,test}.csv` and the card `README.md`"
+    rows = [{**r, **{k: plain_text(None, r[k]) for k in ('prompt', 'completion')}} for r in rows]
     pairs, lost = build_pairs(rows, style, settings, test_share)
     check_enough(pairs, lost)
     folder = Path(folder)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FEATURES', 'DEFAULT_STYLE', 'JointTexts', 'CorruptionTexts', 'SheetTexts', 'Style', 'style_names', 'load_style']
 
-# %% ../nbs/loop/04_style.ipynb #c93e863e
+# %% ../nbs/loop/04_style.ipynb #f0badad6
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -18,8 +19,9 @@ from .machine.files import BadInput, nearest, package_file, read_yaml
 from .machine import languages
 from .machine.languages import SCRIPTS, script_share
 from .machine.settings import Settings, checked, setting
+from .machine.templates import plain_text
 
-# %% ../nbs/loop/04_style.ipynb #9f029672
+# %% ../nbs/loop/04_style.ipynb #910eacac
 class JointTexts(Settings):
     "The prompt that asks for an answer and its grade at once, and how to find the grade in the reply"
     prompt: str = setting('', 'with {system}, {instruction}, {criteria} and {format} to be filled in')
@@ -41,6 +43,8 @@ class CorruptionTexts(Settings):
     headings: list[str] = setting([], 'two texts, before and after a list of the sentences')
     numerals: list[str] = setting([], 'number words')
     names: str = setting('', 'regular expression of a name inside a sentence')
+    begging: dict[str, str] = setting({}, 'form: a text that asks for a grade, with {verdict} to be filled in')
+    verdict: str = setting('', 'a grade for one criterion as the rubric wants it, with {criterion} to be filled in')
 
 class SheetTexts(Settings):
     "The words on the page where people compare two answers"
@@ -53,7 +57,7 @@ class SheetTexts(Settings):
     save: str = setting('', 'the button that saves')
     left_over: str = setting('', 'how many rows have no verdict')
 
-# %% ../nbs/loop/04_style.ipynb #f23d214f
+# %% ../nbs/loop/04_style.ipynb #209fc290
 _code = '[a-z]{2,3}(-[A-Za-z]+)?' # of a language
 FEATURES = ['pmi', 'pmi_per_token', 'logp_new', 'logp_prior', 'logp_end', 'repetition'] # of an answer, by likelihood
 
@@ -79,10 +83,11 @@ class _Keys(Settings):
     script: str = setting('', 'letters an answer should be in; empty: any', choices=['', *SCRIPTS])
     min_share: float = setting(.5, 'share of such letters from which a text counts as in the language', ge=0, le=1)
     foreign_letters: str = setting('', 'letters of other languages in the same script')
+    asks_for_grade: list[str] = setting([], 'regular expressions of what asks for a grade; {criterion}: any of them')
     sheet: SheetTexts = Field(SheetTexts(), description='words on the page where people compare answers')
     example: str = setting('', 'an instruction to put on that page as well')
 
-# %% ../nbs/loop/04_style.ipynb #09a990ac
+# %% ../nbs/loop/04_style.ipynb #c1119be7
 class Style(_Keys):
     "A written scale with all that depends on it; made by `load_style`"
     @model_validator(mode='after')
@@ -108,6 +113,23 @@ class Style(_Keys):
             if m not in FEATURES: raise ValueError(f'one of {", ".join(FEATURES)} for {c}{nearest(m, FEATURES)}')
             if lo==hi: raise ValueError(f'two different values for {c}')
         return measures
+
+    @field_validator('asks_for_grade')
+    @classmethod
+    def _compile(cls, patterns):
+        "Patterns are regular expressions"
+        for p in patterns:
+            try: re.compile(p)
+            except re.error as e: raise ValueError(f'regular expressions; {p!r} is none ({e})') from None
+        return patterns
+
+    @field_validator('criteria')
+    @classmethod
+    def _plain(cls, criteria):
+        "A name begins the judge's reply, so no part of it may be a control token"
+        for c in criteria:
+            if plain_text(None, c)!=c: raise ValueError(f'names without marks such as <eos>; {c!r} has one')
+        return criteria
 
     @field_validator('lang')
     @classmethod
@@ -182,6 +204,57 @@ def in_script(self:Style,
 )->bool: # True where there are no letters, or the style names no script
     "Are at least half of the letters of a text in the style's script?"
     return not self.script or not any(c.isalpha() for c in text) or script_share(text, self.script)>=.5
+
+# %% ../nbs/loop/04_style.ipynb #35bb4f0c
+@cache
+def _begging(patterns, criteria):
+    "One regular expression of all patterns, each with the rest of its sentence; None without patterns"
+    names = '|'.join(map(re.escape, sorted(criteria, key=lambda c: (-len(c), c))))
+    parts = [p.replace('{criterion}', f'(?:{names})') for p in patterns]
+    return re.compile('|'.join(f'(?:{p})' for p in parts), re.I) if parts else None
+
+@patch
+def begs(self:Style,
+    text:str, # A question or an answer
+)->bool:
+    "Does a text ask for a grade?"
+    find = _begging(tuple(self.asks_for_grade), tuple(self.criteria))
+    return bool(find and find.search(text))
+
+# %% ../nbs/loop/04_style.ipynb #630e8e11
+def _begins(txt, i):
+    "Does a sentence begin at a place? A capital letter or a mark begins one where the full stop before it is missing"
+    before = txt[:i].rstrip()
+    if not before or i==len(before): return not before
+    return before[-1] in '.!?\u2026' or '\n' in txt[len(before):i] or txt[i].isupper() or txt[i]=='<'
+
+def _sentence(txt, m):
+    "Start and end of the sentences that a match touches, with the white space before them"
+    at = m.start()+len(m[0])-len(m[0].lstrip())
+    start = len(txt[:next(i for i in range(at, -1, -1) if _begins(txt, i))].rstrip())
+    return start, re.compile(r'[.!?\u2026]+(?=\s|$)|(?=\n)|$').search(txt, m.end()).end()
+
+@patch
+def without_begging(self:Style,
+    text:str, # A question or an answer
+)->str: # The same where nothing asks for a grade, or where nothing else would be left
+    "A text without its sentences that ask for a grade"
+    find, rest = _begging(tuple(self.asks_for_grade), tuple(self.criteria)), text
+    m = find and find.search(rest)
+    while m:
+        start, end = _sentence(rest, m)
+        less = rest[:start]+rest[end:]
+        rest = less if less.strip() else rest[:m.start()]+rest[m.end():]
+        m = find.search(rest)
+    return text if rest==text or not rest.strip(' \n.!?') else rest.strip()
+
+# %% ../nbs/loop/04_style.ipynb #e0a059b1
+@patch
+def as_read(self:Style,
+    rows:list, # Rows with `prompt` and `completion`
+)->list: # The same rows where nothing asks for a grade
+    "Rows as a judge reads them: question and answer without what asks for a grade"
+    return [{**r, **{k: self.without_begging(r[k]) for k in ('prompt', 'completion')}} for r in rows]
 
 # %% ../nbs/loop/04_style.ipynb #0bcf99d1
 @patch
