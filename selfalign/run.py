@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['peak_gb', 'rows_of', 'run_all', 'summary']
 
-# %% ../nbs/loop/18_run.ipynb #137e39b4
+# %% ../nbs/loop/18_run.ipynb #dc234c24
 import shutil
 import sys
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl
+from .machine.files import file_digest, locked, read_json, read_jsonl
 from .machine.processes import barrier, on_first, rank, say
 from .evaluate import by_model, length_text, table
 from .recipe import Recipe, read_recipe

@@ -6,7 +6,7 @@
 __all__ = ['answer_rows', 'taught_corruptions', 'grading_rows', 'as_tokens', 'one_row', 'collate_shared', 'SFTSettings',
            'train_sft', 'grading_record', 'warm_start']
 
-# %% ../nbs/loop/12_sft.ipynb #c9fbb1f8
+# %% ../nbs/loop/12_sft.ipynb #4ba0b1c9
 import os, random
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,19 +15,18 @@ from .machine.files import BadInput, hash01, locked, nearest
 from .machine.messages import load_messages
 from .machine.processes import on_first, rank, say
 from .machine.settings import setting
-from .machine.templates import end_of_turn
+from .machine.templates import end_of_turn, plain_text, render, to_messages
 from .machine.textmodel import pad_right
-from .machine.trainer import (TrainSettings, lora, model_card, run_trainer, to_float16, train_record,
-                                       trainer_args)
+from .machine.trainer import lora, model_card, run_trainer, train_record, trainer_args
+from .machine.training_settings import TrainSettings, check_training
 from .instructions import load_instructions
 from .replies import good_replies, load_replies
 from .llm import LLM, load
 from .style import Style
 from .judge import judge_prompts
 from .corruptions import TRAINED, corrupt
-from .dpo import user_turn
 
-# %% ../nbs/loop/12_sft.ipynb #4a2f7b57
+# %% ../nbs/loop/12_sft.ipynb #287ce1f1
 def answer_rows(
     replies:list, # Of `load_replies`
     style:Style, # Its `system` goes before each instruction
@@ -37,8 +36,7 @@ def answer_rows(
     def wanted(r):
         if not r.get('flaw'): return not r['rank']
         return r['flaw']=='padded' and hash01(r['prompt'])<padded
-    return [dict(prompt=user_turn(r['prompt'], style.system), completion=[dict(role='assistant', content=r['reply'])])
-            for r in replies if wanted(r)]
+    return [dict(prompt=to_messages(r['prompt'], style.system), completion=r['reply']) for r in replies if wanted(r)]
 
 # %% ../nbs/loop/12_sft.ipynb #88ab8a76
 def taught_corruptions(
@@ -89,20 +87,21 @@ def grading_rows(
         rows.append(dict(prompt=head, endings=endings, completion=[str(d) for d in digits]))
     return rows
 
-# %% ../nbs/loop/12_sft.ipynb #9f2dc109
+# %% ../nbs/loop/12_sft.ipynb #e6d8fdb4
 def as_tokens(
     llm:LLM, # For its chat template and tokenizer
     row:dict, # Of `answer_rows` or `grading_rows`
 )->dict: # `input_ids`, `labels`, `position_ids` and `segment`: lists of one length
     "A row as token ids: the beginning; then each ending, what is to be predicted after it, and the end of the turn"
+    def ids(txt): return llm.tok(txt, add_special_tokens=False).input_ids
     chat = not isinstance(row['prompt'], str)
-    head = llm.encode(llm.render(row['prompt'][0]['content']) if chat else row['prompt'])
+    head = ids(render(llm.tok, row['prompt']) if chat else row['prompt'])
     n = len(head)
     res = dict(input_ids=list(head), labels=[-100]*n, position_ids=list(range(n)), segment=[0]*n)
-    parts = [('', row['completion'][0]['content'])] if chat else zip(row['endings'], row['completion'])
+    parts = [('', row['completion'])] if chat else zip(row['endings'], row['completion'])
     for k,(ending,done) in enumerate(parts, 1):
-        e = llm.encode(ending) if ending else []
-        d = llm.encode(done.strip())+[end_of_turn(llm.tok, llm.stop)]
+        e = ids(ending) if ending else []
+        d = ids(plain_text(llm.tok, done.strip()))+[end_of_turn(llm.tok, llm.stop)]
         m = len(e)+len(d)
         new = dict(input_ids=e+d, labels=[-100]*len(e)+d, position_ids=range(n, n+m), segment=[k]*m)
         for name,xs in new.items(): res[name] += xs
@@ -149,27 +148,33 @@ def collate_shared(
         return {**x, 'attention_mask': torch.where(seen, 0., -1e9).to(dtype)[:, None]}
     return collate
 
-# %% ../nbs/loop/12_sft.ipynb #0c40a2c9
+# %% ../nbs/loop/12_sft.ipynb #cdf794d4
 class SFTSettings(TrainSettings):
     "A warm start"
     grading_rows: int = setting(720, 'rows that teach grading; 0: none', ge=0)
-    learning_rate: float = setting(4e-4, 'peak learning rate, falling linearly to zero', ge=1e-8, le=1)
+    learning_rate: float = setting(4e-4, 'peak learning rate', ge=1e-8, le=1)
     epochs: float = setting(1.7, 'passes over the rows', ge=.01, le=100)
     train_batch: int = setting(4, 'rows of one optimiser step', ge=1)
     max_length: int = setting(512, 'tokens of prompt and answer together; longer rows are left out', ge=16)
     save_steps: int = setting(50, 'steps between two checkpoints', ge=1, affects_result=False)
 
-# %% ../nbs/loop/12_sft.ipynb #b1c7420e
+# %% ../nbs/loop/12_sft.ipynb #93787492
 def _fitting(rows, llm, settings):
     "The rows as tokens, without those that are too long"
-    most = settings.max_length
+    most = min(settings.max_length, llm.window)
     slide = getattr(llm.model.config.get_text_config(), 'sliding_window', None) or most
     def limit(r): return min(most, slide) if max(r['segment'])>1 else most  # the mask of several endings does not slide
-    fit = [r for r in (as_tokens(llm, r) for r in rows) if len(r['input_ids'])<=limit(r)]
-    if not fit: raise BadInput(f'max_length is {most}: every one of the {len(rows)} rows is longer')
+    tokens = [as_tokens(llm, r) for r in rows]
+    fit = [r for r in tokens if len(r['input_ids'])<=limit(r)]
+    longest = max(len(r['input_ids']) for r in tokens)
+    if not fit:
+        raise BadInput(f'max_length is {most}: every one of the {len(rows)} rows is longer (up to {longest} tokens)')
+    if len(fit)<len(rows):
+        say(f'            {len(fit)} of {len(rows)} rows can be trained on: the others are longer than max_length '
+            f'{most}, or than the model\'s sliding window (the longest has {longest} tokens)')
     return fit
 
-# %% ../nbs/loop/12_sft.ipynb #c0eecc7b
+# %% ../nbs/loop/12_sft.ipynb #46d26d37
 def train_sft(
     rows:list, # Of `answer_rows` and `grading_rows`
     llm:LLM,   # The base model; the adapter wraps it: load it anew afterwards
@@ -179,20 +184,22 @@ def train_sft(
     resume:bool=True, # Continue from a checkpoint of an interrupted training?
     progress:str='', # Label of a progress bar; empty: none
     about:dict=None, # What else `run.json` should record
+    half:bool=False, # Store the weights in float16?
 )->list: # Logged rows
     "LoRA supervised fine-tuning on the completions only (TRL's SFTTrainer)"
     if not rows: raise BadInput('no rows to learn from: the data set has no replies in its training split')
+    check_training(settings, len(rows))
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    fit = _fitting(rows, llm, settings)
+    fit, model = _fitting(rows, llm, settings), llm.fingerprint()
     args = trainer_args(SFTConfig, settings, Path(out)/'checkpoints', llm, seed, remove_unused_columns=False,
                         train_sampling_strategy='group_by_length', dataset_kwargs=dict(skip_prepare_dataset=True))
     data, collate = Dataset.from_list(fit), collate_shared(llm.tok.pad_token_id, llm.model.dtype)
     trainer = SFTTrainer(llm.model, args=args, train_dataset=data, data_collator=collate, processing_class=llm.tok,
                          peft_config=lora(settings))
-    record = dict(method='sft', rows=len(fit), too_long=len(rows)-len(fit),
+    record = dict(method='sft', model=model, rows=len(fit), too_long=len(rows)-len(fit),
                   settings=train_record(settings, seed, ('grading_rows',)), **(about or {}))
-    return run_trainer(trainer, out, llm, data, record, resume, progress)
+    return run_trainer(trainer, out, llm, data, record, resume, progress, half)
 
 # %% ../nbs/loop/12_sft.ipynb #49fc5ca6
 def grading_record(
@@ -211,7 +218,7 @@ def _card_body(out, n_answers, n, data, style):
             f'Weights are stored in float16. Reproduce: `{how}`.\n\nHow far its grades can be trusted: `{audit}`, '
             'whose result a run looks for there.')
 
-# %% ../nbs/loop/12_sft.ipynb #4cb753ad
+# %% ../nbs/loop/12_sft.ipynb #4b3564c7
 def warm_start(
     out:Path, # Folder of the adapter, `models/<name>`
     data:str, # Instructions with replies, as for a run
@@ -222,6 +229,7 @@ def warm_start(
     resume:bool=True, # Continue from a checkpoint of an interrupted training?
 )->list: # Logged rows
     "Teach a base model to answer and to grade; the adapter lies in `out`, in float16, with its card"
+    check_training(settings, where=f'sft: {Path(out).name}')
     m, out, n = load_messages(data), Path(out), settings.grading_rows
     train = {r['prompt_id'] for r in load_instructions(m, style)[0] if r['split']=='train'}
     replies = [r for r in load_replies(m) if r['prompt_id'] in train]
@@ -229,10 +237,8 @@ def warm_start(
     rows = answering+grading_rows(llm, replies, style, n, seed)
     busy = f'{out}: another selfalign is training there; wait for it, or choose another --name'
     with locked(out.with_name(f'.{out.name}.lock'), busy) if rank()==0 else nullcontext():
-        log = train_sft(rows, llm, out, settings, seed, resume, 'sft', grading_record(n, style))
-    def finish():
-        to_float16(out)
-        model_card(out, f'{out.name}: warm start of {model}', _card_body(out, len(answering), n, data, style))
-    on_first(finish)
+        log = train_sft(rows, llm, out, settings, seed, resume, 'sft', grading_record(n, style), half=True)
+    title = f'{out.name}: warm start of {model}'
+    on_first(lambda: model_card(out, title, _card_body(out, len(answering), n, data, style)))
     say(f'{len(rows)} rows, {len(log)} steps, loss {log[0]["loss"]:.2f} to {log[-1]["loss"]:.2f}; adapter in {out}')
     return log

@@ -43,11 +43,11 @@ def test_rows(
     if run.r.n_validation: return [r for r in rows if r['split']=='train'][-run.r.n_validation:]
     return [r for r in rows if r['split']=='test'][:run.r.n_test]
 
-# %% ../nbs/loop/17_steps.ipynb #751f12e9
+# %% ../nbs/loop/17_steps.ipynb #c4aa4db7
 def _do_data(run):
     "Read the source, keep what is usable, split it"
     r = run.r
-    n = prepare(r.data, run.data, run.style, r.part(InstructionSettings), r.seed)
+    n = prepare(run.source(), run.data, run.style, r.part(InstructionSettings), r.seed)
     if n['train']<2 or n['test']<1:
         raise BadInput(f'{r.data}: {n["train"]} training instructions and {n["test"]} held out; '
                        f'at least 2 and 1 are needed (limit is {r.limit or "off"})')
@@ -95,7 +95,7 @@ def _do_pairs(run):
     "Make pairs of the graded candidates"
     return make_pairs(read_jsonl(run.data/'scores.jsonl'), run.data, run.style, run.r.part(PairSettings))
 
-# %% ../nbs/loop/17_steps.ipynb #9a3e1b41
+# %% ../nbs/loop/17_steps.ipynb #40c2e983
 def _card_title(r): return f'{r.name}: {r.model} aligned with its own grades'
 
 def _do_dpo(run):
@@ -116,7 +116,7 @@ def _do_dpo(run):
     run.llm = None # the adapter wraps it now
     on_first(lambda: model_card(run.models, _card_title(r)))
     n = read_json(run.models/'run.json')
-    return {'in': len(train), 'out': n['pairs'], 'too_long': n['too_long'], 'steps': len(log),
+    return {'in': len(train), 'out': n['pairs'], 'too_long': n['too_long'], 'same': n['same'], 'steps': len(log),
             'loss': [round(log[0]['loss'], 4), round(log[-1]['loss'], 4)]}
 
 # %% ../nbs/loop/17_steps.ipynb #afce8d2c
@@ -210,25 +210,27 @@ class Step:
         "The files that are there when the step is finished"
         return (self.writes, *self.also)
 
-# %% ../nbs/loop/17_steps.ipynb #facfff33
+# %% ../nbs/loop/17_steps.ipynb #be02f66d
 def _fields(cls, *but): return tuple(k for k in result_fields(cls) if k not in but)
 
 _answering = (*_fields(AnswerSettings, 'n_test', 'n_validation'), 'max_new_tokens', 'seed', 'device', 'dtype')
 _grading = (*_fields(JudgeSettings, 'judge_model'), 'device', 'dtype')
+_judged = ('digest', 'weights', 'asks_for_grade')
 _adapter = ('models/adapter_model.safetensors', 'models/adapter_config.json')
 _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tokenizer*', 'special_tokens_map.json',
                  'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state'))
 
-# %% ../nbs/loop/17_steps.ipynb #fc4e2440
+# %% ../nbs/loop/17_steps.ipynb #8dd24156
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
                  ('lang', 'script', 'min_share', 'foreign_letters'), source=True),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
                        ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system',), ('model',),
                        train_rows, parted=True),
-    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, ('digest', 'weights'),
+    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, _judged,
                   ('judge_model',), parted=True),
-    'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings), ('lang', 'script'),
+    'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings),
+                  ('lang', 'script', 'asks_for_grade'),
                   also=('data4alignment_train.csv', 'data4alignment_test.csv', 'README.md')),
     'dpo': Step(_do_dpo, _adapter[0], ('pairs.jsonl',), ('seed', 'device', 'dtype', *_fields(DPOSettings)),
                 ('system',), ('model',), also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),
@@ -238,7 +240,7 @@ STEPS = { # name: how it depends on what came before
     'answer': Step(_do_answer, 'answers.jsonl', ('answers_reference.jsonl', *_adapter), _answering, ('system',),
                    ('model',), traces=('answers_policy*.jsonl',), parted=True),
     'evaluate': Step(_do_evaluate, 'evaluation.json', ('instructions.jsonl', 'answers.jsonl'), _grading,
-                     ('digest', 'weights', 'script'), ('judge_model', 'second_judge'), test_rows, ('prompt_id', 'gold'),
+                     (*_judged, 'script'), ('judge_model', 'second_judge'), test_rows, ('prompt_id', 'gold'),
                      also=('answers_graded.jsonl', 'report.md', 'evaluation.png', 'models/evaluation.json',
                            'models/README.md'), traces=('answers_second*.jsonl',)),
 }

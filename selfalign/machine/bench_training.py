@@ -7,19 +7,20 @@ __all__ = ['kinds', 'take_turns', 'in_new_process', 'matmul_peak', 'time_by_kind
            'step_timer', 'train_once', 'step_inspector', 'training_efficiency', 'training_costs', 'startup_costs',
            'scale_once', 'scale_costs', 'plot_scale']
 
-# %% ../../nbs/machine/19b_bench_training.ipynb #42b82277
+# %% ../../nbs/machine/19b_bench_training.ipynb #6282f18b
 import os, subprocess, sys, tempfile, time
 from contextlib import nullcontext
 from pathlib import Path
 
 from ..candidates import sample
-from ..dpo import DPOSettings, to_trl, train_dpo
+from ..dpo import DPOSettings, train_dpo
 from ..instructions import load_instructions
 from ..judge import JudgeSettings, grade
 from ..llm import LLM, load
 from .engine import Batch
 from .messages import load_messages
 from .sampling import Sampling, row_noise
+from .templates import to_messages
 from .tiny import tiny
 from .trainer import lora, trainer_args
 from ..replies import load_replies, reply_pairs
@@ -149,15 +150,18 @@ def step_timer(
         def on_step_end(self, args, state, control, **kw): times.append(time.perf_counter()-self.t)
     return Timer()
 
-# %% ../../nbs/machine/19b_bench_training.ipynb #82e8cef7
+# %% ../../nbs/machine/19b_bench_training.ipynb #12409fe5
 def _bare_trl(pairs, llm, out, settings, system, callbacks):
     "Train with TRL's `DPOTrainer` as it is"
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
     args = trainer_args(DPOConfig, settings, out, llm, beta=settings.beta)
-    trainer = DPOTrainer(llm.model, args=args, train_dataset=Dataset.from_list([to_trl(p, system) for p in pairs]),
-                         processing_class=llm.tok, peft_config=lora(settings), callbacks=callbacks)
+    def answer(t): return [dict(role='assistant', content=t)]
+    data = Dataset.from_list([dict(prompt=to_messages(f'{system}\n\n{p["prompt"]}'), chosen=answer(p['chosen']),
+                                   rejected=answer(p['rejected'])) for p in pairs])
+    trainer = DPOTrainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok,
+                         peft_config=lora(settings), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
