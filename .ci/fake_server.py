@@ -2,9 +2,12 @@
 
 `fault(n, body)` says what happens to the n-th request: None (an answer), a status (with `Retry-After` for 429), or one
 of `hang`, `cut` (the connection breaks inside the reply), `garbage` (no JSON), `empty` (no choices), `wrong` (wrong
-types), `nologprobs`. With `like='transformers'` or `like='llamacpp'` it takes and refuses the fields, and words its
+types), `nologprobs`; from a hostile server `long` (4 million characters), `longer` (20 MB), `boast` (10^12 tokens),
+`deep` (nested JSON), `tops` (100000 log-probabilities), `zipped` (a compressed gigabyte), `slow` (a byte now and then),
+`rude` (a refusal with control characters and the key that came), `echo` (an answer with them), or an address to
+redirect to. With `like='transformers'` or `like='llamacpp'` it takes and refuses the fields, and words its
 replies, as `transformers serve` or llama.cpp's server does."""
-import json, threading, time
+import gzip, json, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -21,7 +24,7 @@ class Fake(ThreadingHTTPServer):
         self.llm, self.name, self.knows, self.delay = llm, name, knows, delay
         self.fault, self.strict, self.like = None, (), 'vllm'
         self.asked = self.now = self.most = 0
-        self.bodies, self.lock, self.model = [], threading.Lock(), threading.Lock()
+        self.bodies, self.heads, self.lock, self.model = [], [], threading.Lock(), threading.Lock()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         threading.Thread(target=self.serve_forever, args=(.05,), daemon=True).start()
 
@@ -65,7 +68,14 @@ class Fake(ThreadingHTTPServer):
 
 
 wrong = dict(text=7, finish_reason=None, logprobs=dict(top_logprobs=['x'], token_logprobs='no'))
-bad_replies = dict(garbage=b'<html>Bad gateway</html>', empty=dict(choices=[]), wrong=dict(choices=[wrong]))
+tops = {str(i): -1. for i in range(100000)}
+bad_replies = dict(
+    garbage=b'<html>Bad gateway</html>', empty=dict(choices=[]), wrong=dict(choices=[wrong]),
+    long=dict(choices=[dict(text='a'*4_000_000, finish_reason='stop')]),
+    longer=dict(choices=[dict(text='a'*20_000_000, finish_reason='stop')]),
+    boast=dict(choices=[dict(text='да', finish_reason='stop')], usage=dict(completion_tokens=10**12)),
+    deep=b'{"choices": '+b'['*200_000+b']'*200_000+b'}',
+    tops=dict(choices=[dict(text='a', finish_reason='length', logprobs=dict(top_logprobs=[tops]))]))
 transformers_fields = {'model', 'messages', 'max_tokens', 'temperature', 'top_p', 'seed', 'generation_config'}
 
 
@@ -84,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, txt, code=400): self.reply(dict(error=dict(message=txt)), code)
 
     def do_GET(self):
+        self.server.heads.append({k.lower(): v for k,v in self.headers.items()})
         like, about = self.server.like, dict(id=self.server.name, object='model', owned_by=self.server.like)
         if self.path!='/v1/models': return self.reply({}, 404)
         if like=='transformers': return self.reply({}, 500)
@@ -92,6 +103,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         s, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        s.heads.append({k.lower(): v for k,v in self.headers.items()})
         if isinstance(body.get('prompt'), str):  # how many tokens is this? Neither counted nor hindered
             n = len(s.llm.tok(body['prompt']).input_ids)
             return self.reply(dict(choices=[dict(text='', finish_reason='length')],
@@ -110,7 +122,18 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             more = {'Retry-After': '0.3'} if fault==429 else {}
             return self.reply(dict(error=dict(message=f'told to say {fault}')), fault, **more)
-        if fault=='hang': time.sleep(3)
+        if fault.startswith('http'):
+            self.send_response(307)
+            self.send_header('Location', fault); self.send_header('Content-Length', '0'); self.end_headers()
+            return
+        said = f'\x1b]0;title\x07\x1b[31mno \u202e{self.headers["Authorization"]}'
+        if fault=='rude': return self.refuse(said, 418)
+        if fault=='echo': return self.reply(dict(choices=[dict(text=said, finish_reason='stop')]))
+        if fault=='zipped': return self.reply(gzip.compress(bytes(10**7)), **{'Content-Encoding': 'gzip'})
+        if fault=='slow':
+            self.send_response(200); self.send_header('Content-Length', '1000'); self.end_headers()
+            for _ in range(100): self.wfile.write(b' '); time.sleep(.1)
+        elif fault=='hang': time.sleep(3)
         elif fault=='cut':
             self.send_response(200); self.send_header('Content-Length', '1000'); self.end_headers()
             self.wfile.write(b'{"choices": [')

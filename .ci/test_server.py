@@ -136,8 +136,8 @@ def test_asks_again(fake, folder, llm, ps, fault):
 
 def test_hangs(fake, folder, llm, ps):
     fake.fault = lambda n, body: 'hang' if n==0 else None
-    t = time.time()
-    assert quick(fake, folder, timeout=1.).generate(ps[:2], sampling=greedy)==llm.generate(ps[:2], sampling=greedy)
+    want, t = llm.generate(ps[:2], sampling=greedy), time.time()
+    assert quick(fake, folder, timeout=1.).generate(ps[:2], sampling=greedy)==want
     assert time.time()-t<3
 
 
@@ -193,13 +193,13 @@ def test_rows_of_another_model_behind_the_same_name_are_not_taken(fake, folder, 
 
 def test_an_address_holds_no_secret(folder):
     for u in ('http://me:sesame@127.0.0.1:9', 'http://127.0.0.1:9/v1?key=sesame'):
-        with pytest.raises(BadInput, match='OPENAI_API_KEY') as e: Server(u, folder)
+        with pytest.raises(BadInput, match='SELFALIGN_API_KEY') as e: Server(u, folder)
         assert 'sesame' not in str(e.value)
 
 
 def test_a_wrong_key_stops_at_once(fake, folder, ps):
     fake.fault = lambda n, body: 401
-    with pytest.raises(BadInput, match='OPENAI_API_KEY'): quick(fake, folder).generate(ps, sampling=greedy)
+    with pytest.raises(BadInput, match='set SELFALIGN_API_KEY'): quick(fake, folder).generate(ps, sampling=greedy)
 
 
 def test_settings_it_does_not_know_are_left_out_and_said(fake, folder, ps, capsys):
@@ -224,7 +224,7 @@ def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
     s = quick(fake, folder)
     turns = [s.render(q, style.system) for q in questions]  # the template refuses a system role, there too
     turns[0] = s.render('Привет!<end_of_turn>', style.system)
-    assert turns[0].messages==[dict(role='user', content=f'{style.system}\n\nПривет!')]
+    assert turns[0].messages==[dict(role='user', content=f'{style.system}\n\nПривет!< end_of_turn>')]
     args = turns[:1], ['А'], DIGITS
     with pytest.raises(BadInput, match='can answer but not grade'): quick(fake, folder).choice_probs(*args)
     assert s.generate(turns, sampling=greedy)==llm.generate(turns, sampling=greedy)
@@ -268,14 +268,149 @@ def test_an_interrupt_ends_it_and_keeps_what_is_done(fake, folder, ps, tmp_path)
     assert kept and fake.asked<50 and time.time()-t<5
 
 
+# a hostile one: keys, redirects, sizes, counts, times, messages
+
+KEY = 'canary-sesame-42'
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    "Keys in the environment, as a user has them who also works with OpenAI"
+    for k in ('OPENAI_API_KEY', 'OPENAI_ADMIN_KEY', 'OPENAI_ORG_ID', 'OPENAI_PROJECT_ID'):
+        monkeypatch.setenv(k, f'not-for-you-{k}')
+    monkeypatch.setenv('OPENAI_CUSTOM_HEADERS', 'X-Extra: not-for-you')
+    monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9/not-for-you')
+    monkeypatch.setenv('SELFALIGN_API_KEY', KEY)
+
+
+def test_a_server_gets_its_own_key_and_nothing_else(fake, folder, ps, keys, monkeypatch):
+    quick(fake, folder).generate(ps[:1], sampling=greedy)
+    assert len(fake.heads)>=3 and {h.get('authorization') for h in fake.heads}=={f'Bearer {KEY}'}
+    monkeypatch.delenv('SELFALIGN_API_KEY')
+    quick(fake, folder).generate(ps[:1], sampling=greedy)
+    assert fake.heads[-1].get('Authorization') is None and 'not-for-you' not in str(fake.heads)
+    assert {k for h in fake.heads for k in h}<={'host', 'accept', 'accept-encoding', 'connection', 'user-agent',
+                                                         'authorization', 'content-type', 'content-length'}
+
+
+def test_no_key_over_plain_http(fake, folder, ps, keys, monkeypatch, capsys):
+    "`localhost` counts as another machine here; what it says of the key it was not given is explained"
+    from selfalign.machine import transport
+    monkeypatch.setattr(transport, 'is_loopback', lambda host: False)
+    monkeypatch.setattr(transport, '_said', set())
+    s = quick(fake, folder)
+    s.generate(ps[:2], sampling=greedy)
+    assert KEY not in str(fake.heads) and {h.get('authorization') for h in fake.heads}=={None}
+    err = capsys.readouterr().err
+    assert err.count('going on without a key')==1 and 'use https, or an ssh tunnel' in err and KEY not in err
+    fake.fault = lambda n, body: 401
+    with pytest.raises(BadInput, match='refuses the key.*SELFALIGN_API_KEY is sent over https or to this machine only'):
+        s.generate(ps[:1], sampling=greedy)
+
+
+def test_a_key_for_openai_is_not_taken_for_ones_own(fake, folder, ps, monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-not-for-you-1234')
+    monkeypatch.delenv('SELFALIGN_API_KEY', raising=False)
+    fake.fault = lambda n, body: 401
+    with pytest.raises(BadInput, match=r'set SELFALIGN_API_KEY \(OPENAI_API_KEY is not sent to servers\)'):
+        quick(fake, folder).generate(ps[:1], sampling=greedy)
+    assert 'not-for-you' not in str(fake.heads)
+
+
+def test_a_broken_key_is_one_line(fake, folder, monkeypatch):
+    monkeypatch.setenv('SELFALIGN_API_KEY', 'two\nlines-sesame')
+    with pytest.raises(BadInput, match='SELFALIGN_API_KEY: holds a space') as e: quick(fake, folder)
+    assert 'sesame' not in str(e.value)
+
+
+@pytest.mark.parametrize('there', ['http://localhost:{port}/v1/completions', 'http://127.0.0.1:9/', 'https://example.org/'])
+def test_no_redirect_to_another_origin(fake, folder, ps, keys, there):
+    "The same port under another name is another origin too"
+    fake.fault = lambda n, body: there.format(port=fake.server_address[1]) if n==0 else None
+    with pytest.raises(BadInput, match='sends its requests on to .*name that server if you trust it') as e:
+        quick(fake, folder).generate(ps[:1], sampling=greedy)
+    assert fake.asked==1 and '\n' not in str(e.value)
+
+
+def test_a_redirect_within_the_server_is_followed(fake, folder, llm, ps, keys):
+    fake.fault = lambda n, body: fake.url+'/v1/completions' if n==0 else None
+    assert quick(fake, folder).generate(ps[:1], sampling=greedy)==llm.generate(ps[:1], sampling=greedy)
+    assert {h['authorization'] for h in fake.heads}=={f'Bearer {KEY}'}
+    fake.fault = lambda n, body: fake.url+'/v1/completions'
+    with pytest.raises(BadInput, match='TooManyRedirects'): quick(fake, folder, tries=1).generate(ps[:1], sampling=greedy)
+
+
+four = Sampling(temperature=0, repetition_penalty=1., max_new_tokens=4)
+
+
+@pytest.mark.parametrize('fault,why', [('long', '4000000 characters in at most 4 tokens'), ('longer', 'longer than 4 MiB'),
+                                       ('zipped', 'compressed'), ('deep', 'no JSON')])
+def test_replies_have_limits(fake, folder, ps, fault, why):
+    fake.fault = lambda n, body: fault
+    with pytest.raises(BadInput, match=why) as e: quick(fake, folder, tries=2).generate(ps[:1], sampling=four)
+    assert fake.asked==2 and len(str(e.value))<400
+    fake.fault = lambda n, body: fault if n<4 else None  # it may pass
+    assert quick(fake, folder, tries=4).generate(ps[:1], sampling=four)[0][0].n_tokens<=5
+
+
+def test_an_answer_of_more_tokens_than_asked_for_is_none(fake, folder, ps):
+    import fake_server
+    fake_server.bad_replies['more'] = dict(choices=[dict(text='да '*40, finish_reason='stop')])
+    fake.fault = lambda n, body: 'more'
+    with pytest.raises(BadInput, match='tokens where 4 were asked for'):
+        quick(fake, folder, tries=1).generate(ps[:1], sampling=four)
+
+
+def test_counts_that_cannot_be_true_are_counted_here(fake, folder, llm, ps):
+    fake.fault = lambda n, body: 'boast'
+    c = quick(fake, folder).generate(ps[:1], sampling=four)[0][0]
+    assert (c.text, c.n_tokens)==('да', len(llm.tok('да', add_special_tokens=False).input_ids)+1)
+
+
+def test_a_hundred_thousand_choices_are_not_a_few(fake, folder, ps):
+    fake.fault = lambda n, body: 'tops'
+    with pytest.raises(BadInput, match='100000 tokens where a few'):
+        quick(fake, folder, tries=1).choice_probs(ps[:1], ['А'], DIGITS)
+
+
+def test_a_byte_now_and_then_is_no_reply(fake, folder, ps):
+    fake.fault, t = lambda n, body: 'slow', time.time()
+    with pytest.raises(BadInput, match='no answer within 0.5 s'):
+        quick(fake, folder, timeout=.5, tries=1).generate(ps[:1], sampling=greedy)
+    assert time.time()-t<3
+
+
+def test_what_it_says_holds_no_controls_and_no_key(fake, folder, ps, keys, tmp_path):
+    rows = [dict(prompt_id=str(i), prompt=q) for i,q in enumerate(questions)]
+    fake.fault = lambda n, body: 'rude'
+    with pytest.raises(BadInput, match=r'status 418: no \[key\]') as e:
+        quick(fake, folder, tries=1).generate(ps[:1], sampling=greedy)
+    assert str(e.value).isprintable() and KEY not in str(e.value)
+    fake.fault = lambda n, body: 'echo'
+    sample(rows, quick(fake, folder), tmp_path/'c.jsonl', 1, greedy, style.system, 42)
+    assert {r['completion'] for r in read_jsonl(tmp_path/'c.jsonl')}=={'no Bearer [key]'}
+    assert not [f for f in tmp_path.rglob('*') if f.is_file() and KEY in f.read_text()]
+
+
+def test_a_name_that_cannot_be_printed_is_not_taken(fake, folder):
+    fake.name = 'tiny\x1b[31m'
+    with pytest.raises(BadInput, match='serves nothing that it names') as e: quick(fake, folder)
+    assert str(e.value).isprintable()
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_this_machine(fake, folder, llm, ps, monkeypatch):
+    for k in ('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'): monkeypatch.setenv(k, 'http://127.0.0.1:9')
+    assert quick(fake, folder).generate(ps[:1], sampling=greedy)==llm.generate(ps[:1], sampling=greedy)
+
+
 # in a run
 
 def test_a_run_asks_the_server_and_reads_no_weights(fake, folder, tmp_path, monkeypatch):
-    import selfalign.run as run_
+    import selfalign.record as record
     from selfalign.recipe import read_recipe
     from selfalign.run import Run
     def never(*a, **k): raise AssertionError('weights were read')
-    monkeypatch.setattr(run_, 'load', never)
+    monkeypatch.setattr(record, 'load_model', never)
     over = dict(model=str(folder), server=fake.url, limit=8, n_prompts=3, samples=2, max_new_tokens=6, n_test=2,
                 judge='mix', answer_repetition_penalty=1.)
     def runs(**kw): return Run(read_recipe('quickstart', **{**over, **kw}), tmp_path)

@@ -23,23 +23,24 @@ from .dpo import DPOSettings, train_dpo, watch
 from .inference import AnswerSettings, answers
 from .evaluate import evaluate, length_text, table_md, win_text
 
-# %% ../nbs/loop/17_steps.ipynb #a535e220
+# %% ../nbs/loop/17_steps.ipynb #e141f5a8
 def train_rows(
     run, # A run
 )->list: # Rows of `instructions.jsonl`
     "Instructions to sample candidates for"
-    rows = [r for r in read_jsonl(run.data/'instructions.jsonl') if r['split']=='train']
+    instructions = read_jsonl(run.data/'instructions.jsonl', ('prompt_id', 'prompt', 'split'))
+    rows = [r for r in instructions if r['split']=='train']
     n = run.r.n_validation
     if n>len(rows)-2:
         raise BadInput(f'{run.r.name}: n_validation is {n}, but there are only {len(rows)} training instructions')
     return rows[:len(rows)-n][:run.r.n_prompts or None]
 
-# %% ../nbs/loop/17_steps.ipynb #9a454255
+# %% ../nbs/loop/17_steps.ipynb #41597d86
 def test_rows(
     run, # A run
 )->list: # Rows of `instructions.jsonl`
     "Held-out instructions; with `n_validation`, the last of the training instructions instead"
-    rows = read_jsonl(run.data/'instructions.jsonl')
+    rows = read_jsonl(run.data/'instructions.jsonl', ('prompt_id', 'prompt', 'split'))
     if run.r.n_validation: return [r for r in rows if r['split']=='train'][-run.r.n_validation:]
     return [r for r in rows if r['split']=='test'][:run.r.n_test]
 
@@ -76,10 +77,11 @@ def _doubts(run):
     unknown = f'nobody has audited this judge ({r.judge}); {how} says how far it can be trusted'
     return [t for t in (trained, misfit) if t]+[unknown]
 
-# %% ../nbs/loop/17_steps.ipynb #d94f75a3
+# %% ../nbs/loop/17_steps.ipynb #eff29363
 def _do_judge(run):
     "Grade the candidates; warn where the judge's audit says not to trust it"
-    rows, llm, warned = read_jsonl(run.data/'candidates.jsonl'), run.judge(), _doubts(run)
+    rows = read_jsonl(run.data/'candidates.jsonl', ('prompt_id', 'prompt', 'completion'))
+    llm, warned = run.judge(), _doubts(run)
     for s in warned: say(f'            warning: {s}')
     before, mix = llm.n_truncated, run.mix()
     chunk = 4*run.r.concurrency if llm is run.remote else 64 # enough to keep a server busy
@@ -90,17 +92,18 @@ def _do_judge(run):
     if cut: say(f'            {cut} texts were longer than the model\'s window and lost their middle')
     return {'in': len(rows), 'out': len(out), 'ungraded': n, 'cut': cut, 'warnings': warned, 'mix': mix}
 
-# %% ../nbs/loop/17_steps.ipynb #8b9ab49b
+# %% ../nbs/loop/17_steps.ipynb #61ac635d
 def _do_pairs(run):
     "Make pairs of the graded candidates"
-    return make_pairs(read_jsonl(run.data/'scores.jsonl'), run.data, run.style, run.r.part(PairSettings))
+    rows = read_jsonl(run.data/'scores.jsonl', ('prompt_id', 'prompt', 'completion'))
+    return make_pairs(rows, run.data, run.style, run.r.part(PairSettings))
 
-# %% ../nbs/loop/17_steps.ipynb #40c2e983
+# %% ../nbs/loop/17_steps.ipynb #35da33a5
 def _card_title(r): return f'{r.name}: {r.model} aligned with its own grades'
 
 def _do_dpo(run):
     "Train the adapter on the pairs"
-    r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl')
+    r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl', ('prompt_id', 'prompt', 'chosen', 'rejected', 'split'))
     train = [p for p in pairs if p['split']=='train']
     aside = list({p['prompt_id']: p for p in pairs if p['split']=='test'}.values())[:8]
     if r.bits or sharded(): run.llm = None # whole weights and rounded ones need not fit together
@@ -143,17 +146,18 @@ def _do_reference(run):
     out = _ask(run, 'reference', llm)
     return {'in': len(out), 'out': len(out)}
 
-# %% ../nbs/loop/17_steps.ipynb #cfde0a13
+# %% ../nbs/loop/17_steps.ipynb #e76779ff
 def _do_answer(run):
     "The aligned model's answers, beside the model's own"
-    both = read_jsonl(run.data/'answers_reference.jsonl')+_ask(run, 'policy', run.load(run.models))
+    reference = read_jsonl(run.data/'answers_reference.jsonl', ('prompt_id', 'prompt', 'completion'))
+    both = reference+_ask(run, 'policy', run.load(run.models))
     def tidy():
         write_jsonl(run.data/'answers.jsonl', both)
         for f in ('answers_policy.jsonl', 'answers_example.jsonl'): (run.data/f).unlink(missing_ok=True)
     on_first(tidy)
     return {'in': len(both)//2, 'out': len(both)}
 
-# %% ../nbs/loop/17_steps.ipynb #9ba98370
+# %% ../nbs/loop/17_steps.ipynb #7c39098e
 def compared_on(r):
     "What kind of instructions a recipe compares on"
     return 'training instructions set aside' if r.n_validation else 'held-out instructions'
@@ -178,7 +182,7 @@ def _card_results(run, ev):
 
 def _do_evaluate(run):
     "Grade and compare both; write the report and the card"
-    r, rows = run.r, read_jsonl(run.data/'answers.jsonl')
+    r, rows = run.r, read_jsonl(run.data/'answers.jsonl', ('prompt_id', 'prompt', 'model', 'completion'))
     second = run.load(model=r.second_judge) if r.second_judge else None
     ev = evaluate(rows, run.judge(), run.data, run.style, r.part(JudgeSettings), test_rows(run), run.mix(), second,
                   'evaluation')

@@ -5,32 +5,35 @@
 # %% auto #0
 __all__ = ['load_tokenizer', 'RenderedChat', 'Server', 'row_seed']
 
-# %% ../../nbs/machine/18_server.ipynb #531d0fae
+# %% ../../nbs/machine/18_server.ipynb #935b039d
 import copy, hashlib, json, math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 from fastcore.basics import patch
-from .client import Client, Garbage, NoClient, Unanswered, given_logprobs, notice, read_text
-from .client import server_message, top_logprobs
+from .client import Client, Unanswered, given_logprobs, read_text, server_message, top_logprobs
+from .clean import clean_message
 from .files import BadInput
 from .sampling import Completion, Sampling
 from .scoring import choice_ids
-from .templates import clean_messages, end_of_turn, ensure_template, render, stop_ids, to_messages
+from .templates import clean_messages, end_of_turn, ensure_template, plain_text, render, stop_ids
+from .templates import to_messages
 from .textmodel import TextModel, progress_bar
-from .weights import explain, model_key, resolve
+from .transport import Garbage, Stop, notice
+from .weights import explain, hub_args, model_key, resolve
 
-# %% ../../nbs/machine/18_server.ipynb #b0e4f0cc
+# %% ../../nbs/machine/18_server.ipynb #aae2818e
 def load_tokenizer(
     model:str, # A model's name, as for `load`
 )->tuple: # (tokenizer, tokens that end an answer, longest text in tokens)
     "What must be known of a model to talk to it elsewhere; no weights are read"
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     where, _ = resolve(str(model))
-    try: tok, cfg = AutoTokenizer.from_pretrained(where), AutoConfig.from_pretrained(where).get_text_config()
+    args = hub_args(where)
+    try: tok, cfg = AutoTokenizer.from_pretrained(**args), AutoConfig.from_pretrained(**args).get_text_config()
     except Exception as e: raise BadInput(explain(model, e)) from e
-    try: gen = GenerationConfig.from_pretrained(where)
+    try: gen = GenerationConfig.from_pretrained(args.pop('pretrained_model_name_or_path'), **args)
     except OSError: gen = SimpleNamespace(eos_token_id=cfg.eos_token_id)
     stop = stop_ids(SimpleNamespace(generation_config=gen), tok)
     return ensure_template(tok), stop, getattr(cfg, 'max_position_embeddings', None) or 1<<20
@@ -40,7 +43,7 @@ class RenderedChat(str):
     "Chat text that remembers the messages it was made of"
     messages = ()
 
-# %% ../../nbs/machine/18_server.ipynb #43b3c393
+# %% ../../nbs/machine/18_server.ipynb #6583eb22
 class Server(Client):
     "A model behind an OpenAI-compatible server, with the verbs of `LLM`"
     engines = 'vllm', 'sglang', 'llamacpp'  # they name themselves, list all they serve, and count the tokens of a text
@@ -59,7 +62,7 @@ class Server(Client):
         self.chat = self.whole = self.heard = False  # through chat? a whole generation_config? had log-probabilities?
         self.top = 20  # log-probabilities to ask for
         about = self.contact(served)
-        self.name, self.owner = about['id'], str(about.get('owned_by', ''))
+        self.name, self.owner = about['id'], clean_message(about.get('owned_by', ''), 60)
         self.window = min([self.window, *_windows(about)])
         if self.owner in self.engines: self.check_tokenizer(str(model))
 
@@ -72,7 +75,7 @@ class Server(Client):
         "The chat text that ends where the model's answer begins"
         msgs = to_messages(prompt, system, history)
         txt = RenderedChat(render(self.tok, msgs))
-        txt.messages = clean_messages(self.tok, msgs)
+        txt.messages = clean_messages(None, clean_messages(self.tok, msgs))
         return txt
 
     def __repr__(self): return f'Server({self.name} at {self.url}, {self.concurrency} requests at once)'
@@ -87,9 +90,9 @@ def _windows(about):
     "The longest sequence, by vLLM's and by llama.cpp's name for it"
     meta = about.get('meta')
     sizes = about.get('max_model_len'), meta.get('n_ctx') if isinstance(meta, dict) else None
-    return [n for n in sizes if isinstance(n, int) and n>0]
+    return [n for n in sizes if isinstance(n, int) and n>1]  # True is a number too
 
-# %% ../../nbs/machine/18_server.ipynb #172e673b
+# %% ../../nbs/machine/18_server.ipynb #b23d04c1
 @patch
 def _once(self:Server, seconds, make):
     "The reply to one request that is sent once; `BadInput` if it fails"
@@ -99,21 +102,23 @@ def _once(self:Server, seconds, make):
     once.each([job], 1, got.extend)
     return got[0][1]
 
-def _named_models(o): return [m for m in o['data'] if isinstance(m['id'], str)]
+def _named_models(o):
+    "What a server lists, without names that could not be printed and stored as they are"
+    return [m for m in o['data'] if isinstance(m['id'], str) and m['id']==clean_message(m['id'], 256)]
 
 @patch
 def _listed(self:Server, served):
     "What the server says it serves; None if it does not say and the user does"
     try: return {m['id']: m for m in self._once(30, lambda: ('models', {}, {}, _named_models))}
+    except Stop: raise
     except BadInput as e:
-        if 'refuses the key' in str(e) or isinstance(e, NoClient): raise
         why = str(e).split('(', 1)[-1].rsplit(');', 1)[0]
         if not why.startswith('status'): raise BadInput(f'{self.url}: no server answers there ({why})') from None
         if served: return None
         raise BadInput(f'{self.url}: does not say what it serves ({why}); '
                        'give the name with --set served=NAME') from None
 
-# %% ../../nbs/machine/18_server.ipynb #e0fffc58
+# %% ../../nbs/machine/18_server.ipynb #1306980b
 @patch
 def contact(self:Server,
     served:str, # The name the server gives the model; empty: the one it serves
@@ -121,7 +126,7 @@ def contact(self:Server,
     "The model to ask for; `BadInput` if nobody listens, or if it is not clear which"
     models = self._listed(served)
     if models is None: return dict(id=served)
-    names = ', '.join(models)
+    names = clean_message(', '.join(models), 400)
     if served and models and served not in models:
         if {m.get('owned_by') for m in models.values()} & {*self.engines}:
             raise BadInput(f'{self.url}: serves {names}, not {served}; give the right name with --set served=NAME')
@@ -130,7 +135,7 @@ def contact(self:Server,
     if len(models)==1: return next(iter(models.values()))
     raise BadInput(f'{self.url}: serves {names or "nothing that it names"}; say which with --set served=NAME')
 
-# %% ../../nbs/machine/18_server.ipynb #42e6b093
+# %% ../../nbs/machine/18_server.ipynb #e987863a
 _probe = 'The quick brown fox jumps over 12345 dogs! '+' '.join(map(chr, range(0x430, 0x450)))  # Latin and Cyrillic
 
 @patch
@@ -140,7 +145,7 @@ def check_tokenizer(self:Server,
     "`BadInput` if the server counts other tokens in a text than the model's tokenizer: it serves another model"
     fields = dict(model=self.name, prompt=_probe, max_tokens=1, temperature=0)
     n = len(self.tok(_probe, add_special_tokens=False).input_ids)
-    try: there = self._once(60, lambda: ('completions', fields, {}, lambda o: o['usage']['prompt_tokens']))
+    try: there = self._once(60, lambda: ('completions', fields, {}, lambda o: int(o['usage']['prompt_tokens'])))
     except BadInput: return  # its first real request will say why
     if there in (n, n+1): return
     raise BadInput(f'{self.url}: {self.name} counts {there} tokens where {model} has {n}, so it is another model; '
@@ -208,24 +213,26 @@ def extra_settings(self:Server,
                     repeat_penalty=s.repetition_penalty, repeat_last_n=self.window)
     return dict(top_k=s.top_k or -1, repetition_penalty=s.repetition_penalty, stop_token_ids=self.stop)
 
-# %% ../../nbs/machine/18_server.ipynb #46bbf6ad
+# %% ../../nbs/machine/18_server.ipynb #98f82b6a
 @patch
 def _answer_request(self:Server, prompt, ids, s, seed):
     "The request for one answer, as `ask` wants it"
     fields = dict(model=self.name, max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, seed=seed)
-    if not self.chat: return 'completions', dict(fields, prompt=ids), self.extra_settings(s), self._read_answer
+    read = partial(self._read_answer, s.max_new_tokens)
+    if not self.chat: return 'completions', dict(fields, prompt=ids), self.extra_settings(s), read
     if not getattr(prompt, 'messages', None):
         raise BadInput(f'{self.url}: knows messages only, so it cannot go on with a text that was begun for it; '
                        'use a server with /v1/completions, such as vllm serve')
     extra = {k: v for k,v in self.extra_settings(s).items() if k!='stop_token_ids'}
-    return 'chat', dict(fields, messages=prompt.messages), extra, self._read_answer
+    return 'chat', dict(fields, messages=prompt.messages), extra, read
 
 @patch
-def _read_answer(self:Server, o):
-    "Text, length and end of an answer"
-    txt, n, finished = read_text(o)
-    if n is None: n = len(self.tok(txt, add_special_tokens=False).input_ids)+finished
-    return Completion(txt, n, finished)
+def _read_answer(self:Server, most, o):
+    "Text, length and end of an answer of at most so many tokens"
+    txt, n, finished = read_text(o, most)
+    own = len(self.tok(txt, add_special_tokens=False).input_ids)
+    if own>2*most+16: raise Garbage(f'{own} tokens where {most} were asked for')  # written otherwise, it may have more
+    return Completion(txt, own+finished if n is None else n, finished)
 
 # %% ../../nbs/machine/18_server.ipynb #89bb6e3d
 @patch
@@ -291,7 +298,7 @@ def _given_request(self:Server, pids, cids):
                        'only: --set judge=digits, or use vllm serve')
     return 'completions', fields, dict(return_tokens_as_token_ids=True), read
 
-# %% ../../nbs/machine/18_server.ipynb #5396a3cd
+# %% ../../nbs/machine/18_server.ipynb #d759ea93
 @patch
 def logprobs(self:Server,
     prompts:list, # Rendered chat texts
@@ -302,7 +309,7 @@ def logprobs(self:Server,
     "log p of every token of each completion and, last, of the end of the turn after it"
     import numpy as np
     end, res = end_of_turn(self.tok, self.stop), [None]*len(prompts)
-    cids = [self.encode(c, self.window//2)+[end] for c in completions]
+    cids = [self.encode(plain_text(self.tok, c), self.window//2)+[end] for c in completions]
     pids = [self.encode(p, len(c)+1) for p,c in zip(prompts, cids)]
     async def job(p, c, client): return await self.ask(client, partial(self._given_request, p, c))
     def got(batch):
