@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['check_values', 'check_source', 'check_rows', 'check_models', 'check_run']
 
-# %% ../nbs/loop/17b_checks.ipynb #989774f3
+# %% ../nbs/loop/17b_checks.ipynb #4cc72953
 from pathlib import Path
 
 from .machine.files import BadInput, existing_file, nearest
-from .machine.messages import _is_hub as is_hub
+from .machine.messages import is_hub
 from .machine.tables import READERS
-from .machine.trainer import batch_shares as check_training
-from .machine.weights import model_type, need_space, pick_device, resolve
+from .machine.capacity import need_memory, need_space, pick_device
+from .machine.names import model_bytes, resolve
+from .machine.training_settings import check_training
+from .machine.weights import model_type
 from .instructions import InstructionSettings, load_instructions
 from .judge import check_weights, methods
 from .pairs import STRATEGIES
+from .dpo import DPOSettings
 from .steps import STEPS
 
 # %% ../nbs/loop/17b_checks.ipynb #695fae76
@@ -66,7 +69,7 @@ def check_rows(
                        'instructions')
     return n
 
-# %% ../nbs/loop/17b_checks.ipynb #f9b80a76
+# %% ../nbs/loop/17b_checks.ipynb #dbf66fcc
 def check_models(
     r, # A recipe
     models, # Folder the adapter goes to
@@ -79,8 +82,9 @@ def check_models(
     adapters = resolve(r.model)[1]
     if any(Path(p).resolve()==Path(models).resolve() for p in (r.model, *adapters)):
         raise BadInput(f'{models}: this run would overwrite the model it starts from; give it another name')
+    need_memory(sum(model_bytes(m, kind) for m in {*local}-{''}), f'{r.name}: its models', dev)
 
-# %% ../nbs/loop/17b_checks.ipynb #ce741548
+# %% ../nbs/loop/17b_checks.ipynb #08dfef03
 def check_run(
     r, # A recipe
     style, # Its style
@@ -90,5 +94,6 @@ def check_run(
     "Refuse in one line whatever could be seen before the first step"
     check_values(r, style)
     check_source(r.data, [Path(data)/f for s in STEPS.values() for f in s.products])
-    check_training(r)
+    check_training(r.part(DPOSettings), where=r.name)
     check_models(r, models)
+    need_space(Path(models).parent, int(5e7+.1*model_bytes(r.model)))

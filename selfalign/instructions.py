@@ -6,7 +6,7 @@
 __all__ = ['InstructionSettings', 'instruction_filters', 'apply_filters', 'plot_funnel', 'split_trees', 'load_instructions',
            'plot_split', 'prepare']
 
-# %% ../nbs/loop/01_instructions.ipynb #d9f02035
+# %% ../nbs/loop/01_instructions.ipynb #27756c9d
 import math
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import model_validator
 from .machine.duplicates import near_duplicates, text_key
 from .machine.files import BadInput, file_digest, hash01, write_jsonl
-from .machine.messages import cells, load_messages
+from .machine.messages import cells, load_messages, source_counts
 from .machine.settings import Settings, setting
 
 # %% ../nbs/loop/01_instructions.ipynb #5f2b4725
@@ -58,13 +58,13 @@ def instruction_filters(
     f['not nearly repeated'] = lambda m: [o is None for o in near_duplicates(m.text, near)]
     return f
 
-# %% ../nbs/loop/01_instructions.ipynb #2a108793
+# %% ../nbs/loop/01_instructions.ipynb #da5e2933
 def apply_filters(
     messages, # From `load_messages`
     filters:dict, # From `instruction_filters`
 )->tuple: # What is left, and the funnel: a list of step, kept, dropped
     "Run the filters in order and count what each of them drops"
-    m, funnel = messages, [dict(step='messages', kept=len(messages), dropped=0)]
+    m, funnel = messages, source_counts(messages)
     for step,keep in filters.items():
         left = m[np.array(keep(m), dtype=bool)]
         funnel.append(dict(step=step, kept=len(left), dropped=len(m)-len(left)))

@@ -6,7 +6,7 @@
 __all__ = ['topics', 'with_generate', 'with_generate_batch', 'amount', 'quality', 'quality_difference', 'sampling_costs',
            'plot_sampling', 'full_passes', 'written_verdict', 'grading_costs', 'bench_prompts', 'bench', 'bench_table']
 
-# %% ../../nbs/machine/20_bench.ipynb #12cba32d
+# %% ../../nbs/machine/20_bench.ipynb #f5ac29a5
 import json
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from .files import BadInput, nearest
 from .messages import load_messages
 from .sampling import Sampling
 from .scoring import choice_ids
-from .statistics import bootstrap
+from .statistics import mean_interval
 from .textmodel import pad_left
 from ..replies import good_replies, load_replies
 from ..style import Style, load_style
@@ -97,7 +97,7 @@ def quality(
     return [dict(logp=sum(x)/len(x) if x else None, tokens=sum(c.n_tokens for c in cs)/len(cs),
                  spread=diversity([c.text for c in cs])) for x,cs in zip(by, answers)]
 
-# %% ../../nbs/machine/20_bench.ipynb #119f7386
+# %% ../../nbs/machine/20_bench.ipynb #94a8680d
 def quality_difference(
     ours:list, # Of `quality`
     theirs:list, # Of `quality`, the same prompts
@@ -106,7 +106,7 @@ def quality_difference(
     res = {}
     for k in ('logp', 'tokens', 'spread'):
         both = [(a[k], b[k]) for a,b in zip(ours, theirs) if None not in (a[k], b[k])]
-        d = bootstrap([a-b for a,b in both])
+        d = mean_interval([a-b for a,b in both])
         mine, other = (sum(x)/len(both) for x in zip(*both))
         res[k] = dict(ours=mine, theirs=other, difference=d['mean'], ci=d['ci'])
     return res

@@ -20,10 +20,11 @@ def text_key(
     "The words of a text in lower case, without punctuation and diaereses"
     return ' '.join(re.findall(r'[^\W_]+', _no_diaeresis(text.lower()))) or text.strip()
 
-# %% ../../nbs/machine/03_duplicates.ipynb #8e7caca7
+# %% ../../nbs/machine/03_duplicates.ipynb #e6bf6be3
 def _shingles(key, n=5):
     "One hash for each piece of `n` letters, sorted and without repetitions"
-    codes = np.frombuffer(f' {key} '.ljust(n).encode('utf-32-le'), dtype=np.uint32).astype(np.uint64)
+    data = f' {key} '.ljust(n).encode('utf-32-le', 'surrogatepass')
+    codes = np.frombuffer(data, dtype=np.uint32).astype(np.uint64)
     h = np.zeros(len(codes)-n+1, dtype=np.uint64)
     for j in range(n): h = h*np.uint64(1_000_003) + codes[j:len(codes)-n+1+j]
     return np.unique(h*np.uint64(0x9E3779B97F4A7C15))

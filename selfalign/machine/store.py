@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['row_key', 'Rows', 'say_reused']
 
-# %% ../../nbs/machine/16_store.ipynb #251f1ed4
-import hashlib, json, os, sys, time
+# %% ../../nbs/machine/16_store.ipynb #e4566cf3
+import hashlib, json, os, sys, time, zlib
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -57,7 +57,21 @@ class Rows:
         self.open = {}
         self.lock.release()
 
-# %% ../../nbs/machine/16_store.ipynb #1ee9de60
+# %% ../../nbs/machine/16_store.ipynb #f800042c
+_CRC = b'{"crc": "%08x", ' # how a line begins; `"key": "` and the key come next
+
+def _line(key, row):
+    "The bytes of a row in the file"
+    rest = (json.dumps({'key': key, **row}, ensure_ascii=False)[1:]+'\n').encode('utf-8', 'replace')
+    return _CRC%zlib.crc32(rest)+rest
+
+def _is_whole(line):
+    "Is a line as it was written? Those of earlier versions have no checksum and begin with the key"
+    if line[:9]==_CRC[:9]: return line.startswith(_CRC%zlib.crc32(line[20:]))
+    try: return line.startswith(b'{"key": "') and bool(json.loads(line))
+    except ValueError: return False
+
+# %% ../../nbs/machine/16_store.ipynb #cb470c76
 @patch
 def _read(self:Rows,
     mend=False, # Cut off torn last lines and say what is damaged?
@@ -83,16 +97,14 @@ def _index(self:Rows,
     start, # Where in it
 )->bool: # Is it a row?
     "Remember where the row is, if it is wanted"
-    if line[:9]!=b'{"key": "' or line[-2:]!=b'}\n': return False
-    key = line[9:33].decode('utf-8', 'replace')
-    if key not in self.wanted: return True
-    try: json.loads(line)
-    except ValueError: return False
-    self.at[key] = p, start
+    at = line[:60].find(b'"key": "')+8
+    key = line[at:at+24].decode('utf-8', 'replace')
+    if at<8 or line[-2:]!=b'}\n' or (key in self.wanted and not _is_whole(line)): return False
+    if key in self.wanted: self.at[key] = p, start
     return True
 
-# %% ../../nbs/machine/16_store.ipynb #743e459a
-def _without_key(pairs): return {sys.intern(k): v for k,v in pairs if k!='key'}  # one copy of a column's name
+# %% ../../nbs/machine/16_store.ipynb #605880b4
+def _without_key(pairs): return {sys.intern(k): v for k,v in pairs if k not in ('crc', 'key')} # one copy of a name
 _decode = json.JSONDecoder(object_pairs_hook=_without_key).decode
 
 @patch
@@ -102,7 +114,7 @@ def __getitem__(self:Rows, key):
     self.open[p].seek(start)
     return _decode(self.open[p].readline().decode())
 
-# %% ../../nbs/machine/16_store.ipynb #063bab53
+# %% ../../nbs/machine/16_store.ipynb #f2dee4d7
 @patch
 def add(self:Rows,
     rows:dict, # Key: finished row
@@ -110,8 +122,7 @@ def add(self:Rows,
     "Append rows at once; `fsync` at most once a second"
     if self.own not in self.open or not self.open[self.own].writable(): self.open[self.own] = open(self.own, 'a+b')
     f, start = self.open[self.own], self.own.stat().st_size
-    lines = {k: json.dumps({'key': k, **r}, ensure_ascii=False)+'\n' for k,r in rows.items()}
-    new = {k: s.encode('utf-8', 'replace') for k,s in lines.items()}
+    new = {k: _line(k, r) for k,r in rows.items()}
     f.write(b''.join(new.values())); f.flush()
     if time.monotonic()-self.synced>1: os.fsync(f.fileno()); self.synced = time.monotonic()
     for k,b in new.items():
