@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: env demo test lint docs readme prepare clean
+.PHONY: env demo test lint docs readme prepare audit-deps clean
 
 env: $(VENV)/.ready
 
@@ -21,10 +21,11 @@ demo: env
 test: env
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --durations=12 .ci
 
-# errors, imports, likely bugs, over the package and the notebooks; and the limits a page keeps
+# errors, imports, likely bugs, over the package and the notebooks; the limits a page keeps; licences of the dependencies
 lint: env
 	$(BIN)/ruff check -q --config .ci/ruff.toml nbs selfalign .ci
 	$(BIN)/python .ci/pages.py
+	$(BIN)/python .ci/licences.py > /dev/null
 
 docs: env
 	$(BIN)/python .ci/docs.py
@@ -38,6 +39,11 @@ prepare: env
 	$(BIN)/python .ci/execute.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+
+# known vulnerabilities of what is installed; needs the network
+audit-deps: env
+	$(BIN)/pip install -q pip-audit
+	$(BIN)/pip-audit -s osv --skip-editable
 
 clean:
 	rm -rf _proc _proc_smalldocs _docs build dist *.egg-info

@@ -288,3 +288,23 @@ def test_no_input_is_a_path(here):
     for s in STEPS:
         said = json.dumps(run().inputs(s), ensure_ascii=False)
         assert str(here) not in said and 'q.jsonl' not in said and '/tiny' not in said, s
+
+
+def test_a_run_keeps_to_the_commit_it_began_with(here):
+    r = run()
+    assert r.pin('org/model', lambda n: n+'@1')=='org/model@1' and r.pin('tiny')=='tiny'
+    r.save()
+    assert run().pin('org/model', lambda n: n+'@2')=='org/model@1' and read_json('data/r/run.json')['commits']=={'org/model': 'org/model@1'}
+    run().forget()
+    assert run().pin('org/model', lambda n: n+'@2')=='org/model@2'
+
+
+def test_a_data_set_of_the_hub_is_read_at_its_commit(here, monkeypatch):
+    import datasets
+    from selfalign import record
+    asked = []
+    def load_dataset(name, revision=None): asked.append((name, revision)); raise FileNotFoundError('offline')
+    monkeypatch.setattr(record, 'dataset_revision', lambda n: 'abc123')
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    with pytest.raises(BadInput, match='org/data'): quietly(run(data='org/data').step, 'data')
+    assert asked==[('org/data', 'abc123')]

@@ -356,7 +356,7 @@ def test_a_run_and_a_frontier_choose_on_training_rows():
     class r: name, n_prompts, n_test = 'x', 0, 50
     class run: data = Path('.')
     run.r = r
-    with patch('selfalign.steps.read_jsonl', lambda f: rows):
+    with patch('selfalign.steps.read_jsonl', lambda f, *_: rows):
         r.n_validation = 0
         train, held = train_rows(run), test_rows(run)
         r.n_validation = 10

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['peak_gb', 'rows_of', 'run_all', 'summary']
 
-# %% ../nbs/loop/18_run.ipynb #382e9712
+# %% ../nbs/loop/18_run.ipynb #09a29701
 import shutil
 import sys
 import time
@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from .machine.files import file_digest, locked, read_json, read_jsonl
 from .machine.processes import barrier, on_first, rank, say
 from .evaluate import by_model, length_text, table
-from .recipe import Recipe
 from .steps import STEPS, compared_on, judges_said
 from .checks import check_rows, check_run
 from .record import Run
