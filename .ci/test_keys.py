@@ -230,11 +230,16 @@ def test_a_step_whose_file_is_missing_or_torn_is_done_again(here):
 # folders
 
 def test_a_renamed_run_goes_on_where_it_lies(here):
+    from selfalign.machine.commands import cmd_run
     os.rename('data/r', 'data/old'); os.rename('models/r', 'models/old')
     r = Run(read_recipe('data/old'))
     assert (r.r.name, str(r.data), r.plan())==('old', 'data/old', {})
     os.makedirs('away'); os.rename('data', 'away/data'); os.rename('models', 'away/models')
     assert Run(read_recipe('away/data/old'), 'away').plan()=={}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): cmd_run('away/data/old', set='beta=.5', plan=True)
+    assert [l.split()[0] for l in out.getvalue().splitlines() if 'finished' not in l]==['dpo', 'answer', 'evaluate']
+    with pytest.raises(BadInput, match='not under --root'): cmd_run('away/data/old', root='data')
 
 
 def test_the_folder_decides_where_compare_and_qa_write(here):

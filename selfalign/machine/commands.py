@@ -53,7 +53,7 @@ def whole(
 
 _seed = whole(0, 2**32-1)
 
-# %% ../../nbs/machine/21_commands.ipynb #d448c9f7
+# %% ../../nbs/machine/21_commands.ipynb #49ba39ba
 def _over(txt, where, **named):
     "Keys of a recipe given on the command line, those in one line last"
     given = {}
@@ -69,8 +69,23 @@ def _over(txt, where, **named):
         given[k] = v
     return {**named, **given}
 
+def _run(recipe, root, over):
+    "The run of a recipe; one that is named by its folder, ROOT/data/NAME, is in that root"
+    r, p = read_recipe(recipe, **over), Path(recipe)
+    if (p/'run.json').is_file():
+        if p.resolve().parent.name!='data': raise BadInput(f'{recipe}: the folder of a run lies in a folder data')
+        if root!='.' and Path(root).resolve()!=p.resolve().parent.parent:
+            raise BadInput(f'{recipe}: this run is not under --root {root}')
+        root = p.parent.parent
+    return Run(r, root)
+
+def _plan_text(run):
+    "What each step of a run would do"
+    todo, why = run.plan(), {2: 'to do: it has new inputs, or its files are not there', 1: 'to do, if its files change'}
+    return '\n'.join(f'{s:<11} {why.get(todo.get(s), "finished")}' for s in STEPS)
+
 def cmd_run(
-    recipe:str, # quickstart, brief, gemma-2-2b-it, or a YAML file
+    recipe:str, # quickstart, brief, gemma-2-2b-it, a YAML file, or the folder data/NAME of a run that was begun
     root:str='.', # Folder in which data/ and models/ are made
     data:str=None, # Instructions: embedded, a hub id, a .csv, .json, .jsonl, .jsonl.gz or .parquet file
     model:str=None, # Model to align: embedded, a hub id, a folder, a .gguf file
@@ -80,15 +95,17 @@ def cmd_run(
     server:str=None, # Address of an OpenAI-compatible server that answers and grades
     set:str=None, # Other keys of the recipe, such as "rounds=2 n_test=128"
     fresh:store_true=False, # Begin anew instead of going on where it stopped
+    plan:store_true=False, # Only say which steps would be done
 ):
     "The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate"
     over = _over(set, recipe, data=data, model=model, style=style, limit=limit, seed=seed, server=server)
-    run = run_all(Run(read_recipe(recipe, **over), root), fresh)
+    def make(**kw): return _run(recipe, root, {**over, **kw})
+    if plan: say(_plan_text(make())); return
+    run = run_all(make(), fresh)
     print_summary(run)
-    def make(**kw): return Run(read_recipe(recipe, **{**over, **kw}), root)
     if run.r.rounds>1: say(drift_text(more_rounds(run, make, fresh)))
 
-# %% ../../nbs/machine/21_commands.ipynb #5baaa24d
+# %% ../../nbs/machine/21_commands.ipynb #f2ead085
 _which = Param('quickstart, brief, gemma-2-2b-it, or a YAML file', str, opt=False, nargs='?')
 
 def _step_command(step):
@@ -105,7 +122,7 @@ def _step_command(step):
         set:str=None, # Other keys of the recipe, as for run
     ):
         over = _over(set, recipe, data=data, model=model, style=style, limit=limit, seed=seed, server=server)
-        Run(read_recipe(recipe, **over), root).step(step, force=True)
+        _run(recipe, root, over).step(step, force=True)
     cmd.__doc__ = f'Only the step {step}: writes {STEPS[step].writes}'
     return cmd
 
@@ -119,7 +136,7 @@ def cmd_dpo(
     resume:store_true=False, # Go on from the last checkpoint of an interrupted training with the same settings
 ):
     "Only the step dpo: writes models/<name>/"
-    run = Run(read_recipe(recipe, **_over(set, recipe, model=model, style=style, seed=seed)), root)
+    run = _run(recipe, root, _over(set, recipe, model=model, style=style, seed=seed))
     run.resume = resume
     run.step('dpo', force=True)
 
