@@ -283,6 +283,13 @@ def test_a_name_that_only_a_warm_start_has_used_keeps_its_checkpoints(here):
     assert p.exists()
 
 
+def test_leftovers_of_a_killed_process_are_removed_and_a_merge_beside_is_let_be(here):
+    left, merging = here/'data/r/.scores.jsonl.7.tmp', here/'models/r/.merged.tmp'
+    left.write_text('{'); merging.mkdir(); (merging/'config.json').write_text('{}')
+    assert done(run())==[]
+    assert not left.exists() and (merging/'config.json').exists()
+
+
 def test_the_record_says_which_settings_each_step_had(here):
     quietly(run(margin=.02).step, 'pairs')
     rec = read_json('data/r/run.json')['steps']

@@ -302,17 +302,15 @@ def audit_table(
     t = pd.DataFrame(rows).T.sort_index(level=0, key=lambda x: x.map(order), sort_remaining=False, kind='stable')
     return t.rename_axis(['group', 'corruption']).fillna('')
 
-# %% ../nbs/loop/09_audit.ipynb #5220b97a
+# %% ../nbs/loop/09_audit.ipynb #16b27963
 def _heat_map(ax, test, style):
     "One heat map of `plot_audit`"
     import pandas as pd, seaborn as sns
     found = {k: b for g in GROUPS if g in test for k,b in test[g]['by_corruption'].items()}
     d = pd.DataFrame(test['by_criterion']).T.astype(float)
     d.loc['score'] = {k: b['mean'] for k,b in found.items()}
-    text = d.map('{:.2f}'.format)
-    text.loc['score'] = {k: interval_text(b, '-').replace(' ', '\n') for k,b in found.items()}
     looks = dict(vmin=0, vmax=1, center=.5, cmap='vlag_r', cbar=False, annot_kws=dict(size=7))
-    sns.heatmap(d, annot=text, fmt='', ax=ax, **looks)
+    sns.heatmap(d, annot=True, fmt='.2f', ax=ax, **looks)
     for j,k in enumerate(d.columns):
         for i,c in enumerate(style.criteria):
             if aimed(k, c, style): ax.plot(j+.5, i+.86, '.', c='k', ms=4)

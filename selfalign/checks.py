@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['check_values', 'check_source', 'check_rows', 'check_models', 'check_run']
 
-# %% ../nbs/loop/17b_checks.ipynb #4cc72953
+# %% ../nbs/loop/17b_checks.ipynb #a247c010
 from pathlib import Path
 
-from .machine.files import BadInput, existing_file, nearest
-from .machine.messages import is_hub
-from .machine.tables import READERS
+from .machine.files import BadInput
+from .machine.messages import is_hub, source_file
+from .machine.tables import table_kind
 from .machine.capacity import need_memory, need_space, pick_device
 from .machine.names import model_bytes, resolve
 from .machine.training_settings import check_training
 from .machine.weights import model_type
 from .instructions import InstructionSettings, load_instructions
 from .judge import check_weights, methods
-from .pairs import STRATEGIES
+from .pairs import check_strategy
 from .dpo import DPOSettings
-from .steps import STEPS
+from .steps import STEPS, check_counts
 
-# %% ../nbs/loop/17b_checks.ipynb #695fae76
+# %% ../nbs/loop/17b_checks.ipynb #6b78574e
 def check_values(
     r, # A recipe
     style, # Its style
@@ -32,28 +32,23 @@ def check_values(
     if r.second_judge and not style.measures:
         raise BadInput(f'{r.name}: second_judge grades by likelihood, and the style {style.name} has no measures; '
                        'leave it empty')
-    known = [*STRATEGIES, *style.criteria]
-    if r.strategy not in known:
-        raise BadInput(f'{r.name}: strategy is {r.strategy!r}; it must be one of {", ".join(known)}'
-                       f'{nearest(r.strategy, known)}')
+    check_strategy(r.strategy, style, f'{r.name}: ')
     if r.server:
         from selfalign.machine.client import api_url
         api_url(r.server)
 
-# %% ../nbs/loop/17b_checks.ipynb #f8800753
+# %% ../nbs/loop/17b_checks.ipynb #24b91097
 def check_source(
     source:str, # As in a recipe
     products, # Paths that the run writes
 ):
     "Refuse a source that is not there, of no known kind, or an output of the run"
     if source=='embedded' or is_hub(source): return
-    if not Path(source).exists(): raise BadInput(f'{source}: no such file{nearest(source, ["embedded"])}')
-    if not existing_file(source).name.lower().endswith(tuple(READERS)):
-        raise BadInput(f'{source}: unknown kind of file; understood are {", ".join(READERS)}')
+    table_kind(source_file(source))
     if Path(source).resolve() in {Path(p).resolve() for p in products}:
         raise BadInput(f'{source}: this run would overwrite its own instructions; give it another name')
 
-# %% ../nbs/loop/17b_checks.ipynb #544b57ae
+# %% ../nbs/loop/17b_checks.ipynb #0898c5b4
 def check_rows(
     r, # A recipe
     style, # Its style
@@ -61,12 +56,7 @@ def check_rows(
     "Read the instructions of a recipe; `BadInput` if they are too few to learn from and to compare on"
     rows, _ = load_instructions(r.data, style, r.part(InstructionSettings), r.seed)
     n = {s: sum(row['split']==s for row in rows) for s in ('train', 'test')}
-    if n['train']<2 or n['test']<1:
-        raise BadInput(f'{r.data}: {n["train"]} training instructions and {n["test"]} held out; at least 2 and 1 are '
-                       f'needed (limit is {r.limit or "off"})')
-    if r.n_validation>n['train']-2:
-        raise BadInput(f'{r.name}: n_validation is {r.n_validation}, but there are only {n["train"]} training '
-                       'instructions')
+    check_counts(r, n['train'], n['test'])
     return n
 
 # %% ../nbs/loop/17b_checks.ipynb #dbf66fcc

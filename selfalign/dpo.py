@@ -32,7 +32,7 @@ def turn_end(
     ids = llm.tok(txt.rpartition(answer)[2], add_special_tokens=False).input_ids
     return ids if set(ids) & set(llm.stop) else [end_of_turn(llm.tok, llm.stop)]
 
-# %% ../nbs/loop/11_dpo.ipynb #fddac93a
+# %% ../nbs/loop/11_dpo.ipynb #23facf84
 def to_trl(
     pair:dict, # Row with `prompt`, `chosen`, `rejected`
     llm:LLM, # For its chat template and tokenizer
@@ -40,7 +40,8 @@ def to_trl(
 )->dict: # `prompt_ids`, `chosen_ids`, `rejected_ids`
     "A pair as TRL's trainer reads it: the tokens that `LLM.render` gives, and after each answer the end of the turn"
     def ids(txt): return llm.tok(txt, add_special_tokens=False).input_ids
-    def answer(k): return ids(plain_text(llm.tok, pair[k].strip()))+turn_end(llm)
+    end = turn_end(llm)
+    def answer(k): return ids(plain_text(llm.tok, pair[k].strip()))+end
     return dict(prompt_ids=ids(llm.render(pair['prompt'], system)), chosen_ids=answer('chosen'),
                 rejected_ids=answer('rejected'))
 

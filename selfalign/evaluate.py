@@ -6,14 +6,14 @@
 __all__ = ['MEASURES', 'SHARES', 'MOST_UNGRADED', 'measure', 'compare', 'table', 'table_md', 'red_flags', 'length_text',
            'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'evaluate']
 
-# %% ../nbs/loop/14_evaluate.ipynb #23f2f5f8
+# %% ../nbs/loop/14_evaluate.ipynb #4d9be591
 import re
 from pathlib import Path
 
 from .machine.files import BadInput, write_json, write_text
 from .machine.statistics import finite, mean_interval, ratio_interval, share_interval
 from .candidates import repetition, tokenize_words
-from .gold import bert_f1, gold_found, gold_words, qa_scores  # noqa: F401  (`selfalign qa` calls bert_f1)
+from .gold import gold_found, gold_words, qa_scores
 from .inference import side_by_side
 from .judge import JudgeSettings, grade
 from .llm import LLM

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Run', 'versions', 'pinned_data', 'input_digest', 'is_whole']
 
-# %% ../nbs/loop/17c_record.ipynb #f27a7bf3
+# %% ../nbs/loop/17c_record.ipynb #1fcad4f8
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import BadInput, file_digest, read_json, read_jsonl, repo_file, write_json
-from .machine.messages import EMBEDDED, is_hub
+from .machine.files import BadInput, file_digest, read_json, read_jsonl, write_json
+from .machine.messages import is_hub, source_file
 from .machine.store import row_key
 from .machine.capacity import pick_device
 from .machine.hub import dataset_revision
@@ -149,7 +149,7 @@ def other_judge(self:Run,
     same = found.get('model')==model_key(self.pin(self.r.judge_name))
     return '' if same else f'it was made of another judge than {self.r.judge_name}, or of other weights of it'
 
-# %% ../nbs/loop/17c_record.ipynb #530d0d31
+# %% ../nbs/loop/17c_record.ipynb #d3257607
 @patch
 def _models(self:Run, step):
     "Keys of the models a step depends on: the judge is the model itself unless the recipe names another"
@@ -177,7 +177,7 @@ def source(self:Run)->str:
 def _source(self:Run):
     "Contents of the instructions' file; the name of a data set of the hub"
     if is_hub(self.r.data): return self.source()
-    return file_digest(repo_file(EMBEDDED) if self.r.data=='embedded' else Path(self.r.data))
+    return file_digest(source_file(self.r.data))
 
 # %% ../nbs/loop/17c_record.ipynb #1832ed83
 def input_digest(
@@ -219,7 +219,7 @@ def key(self:Run,
     "Digest of everything the step's result depends on"
     return row_key(self.inputs(name))
 
-# %% ../nbs/loop/17c_record.ipynb #bad802b9
+# %% ../nbs/loop/17c_record.ipynb #7f791151
 def is_whole(
     path:Path, # A file that a step has written
 )->bool:
@@ -230,9 +230,9 @@ def is_whole(
             with safe_open(path, 'np') as f: return bool(list(f.keys()))
         read = {'.jsonl': read_jsonl, '.json': read_json}.get(path.suffix)
         return path.stat().st_size>0 and (read is None or read(path) is not None)
-    except (OSError, BadInput, Exception): return False
+    except Exception: return False # whatever a reader says of it, it is not whole
 
-# %% ../nbs/loop/17c_record.ipynb #a8e874c7
+# %% ../nbs/loop/17c_record.ipynb #d4caaacd
 @patch
 def finished(self:Run,
     name:str, # Of `STEPS`
@@ -241,9 +241,11 @@ def finished(self:Run,
     "Is a step finished: is its key recorded, and are all its files whole?"
     done = self.record.get('steps', {}).get(name, {})
     wrote = done.get('files', {})
+    if done.get('key')!=key: return None
     paths = {f: self.path(f) for f in STEPS[name].products}
-    if done.get('key')!=key or not all(map(is_whole, paths.values())): return None
-    return [f for f,p in paths.items() if f in wrote and file_digest(p)!=wrote[f]]
+    def as_written(f): return paths[f].is_file() and file_digest(paths[f])==wrote.get(f)
+    changed = [f for f in paths if not as_written(f)]
+    return [f for f in changed if f in wrote] if all(is_whole(paths[f]) for f in changed) else None
 
 # %% ../nbs/loop/17c_record.ipynb #d729011f
 @patch

@@ -21,7 +21,7 @@ from .steps import STEPS, compared_on, judges_said
 from .checks import check_rows, check_run
 from .record import Run
 
-# %% ../nbs/loop/18_run.ipynb #c0fd8a8f
+# %% ../nbs/loop/18_run.ipynb #10763eea
 @patch
 @contextmanager
 def alone(self:Run):
@@ -31,7 +31,7 @@ def alone(self:Run):
     with locked(self.data/'.lock', busy) if rank()==0 else nullcontext():
         try:
             if rank()==0:
-                for p in [q for d in (self.data, self.models) for q in d.glob('.*.tmp')]: p.unlink(missing_ok=True)
+                for p in [p for d in (self.data, self.models) for p in d.glob('.*.tmp') if p.is_file()]: p.unlink()
             self.recall(); barrier(); self.mine = True; yield
         finally: self.mine = False
 
@@ -51,7 +51,7 @@ def step(self:Run,
         if rank()==0: self._end(name, key, counts, time.time()-t)
         return True
 
-# %% ../nbs/loop/18_run.ipynb #85786429
+# %% ../nbs/loop/18_run.ipynb #dca582fe
 @patch
 def check(self:Run):
     "All that can be refused before the first step, once"
@@ -77,7 +77,8 @@ def _end(self:Run, name, key, counts, seconds):
     s = STEPS[name]
     wrote = {f: file_digest(self.path(f)) for f in s.products}
     self.record['steps'][name] = {**counts, 'key': key, 'seconds': round(seconds, 1), 'peak_gb': peak_gb(),
-                                  'file': s.writes, 'files': wrote, 'settings': self.inputs(name)['settings']}
+                                  'file': s.writes, 'files': wrote,
+                                  'settings': {k: getattr(self.r, k) for k in s.settings}}
     self.save()
     say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s')
 

@@ -6,7 +6,7 @@
 __all__ = ['commands', 'whole', 'cmd_run', 'cmd_dpo', 'cmd_recipes', 'cmd_styles', 'cmd_sft', 'cmd_curve', 'cmd_audit',
            'cmd_frontier', 'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #fb757225
+# %% ../../nbs/machine/21_commands.ipynb #ac761097
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -24,7 +24,8 @@ from .settings import checked
 from .weights import need_space, save_folder
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, audit_table, chosen_on, trained_corruptions
-from ..evaluate import bert_f1, by_model, compare, table, verdict
+from ..evaluate import by_model, compare, table, verdict
+from ..gold import bert_f1
 from ..inference import answers, chat, stream
 from ..instructions import InstructionSettings, load_instructions
 from ..judge import MODES

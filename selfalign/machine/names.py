@@ -196,7 +196,7 @@ def check_adapter(
         if not (p/f).exists(): raise BadInput(f'{folder}: no adapter there ({f} is missing)')
     return p
 
-# %% ../../nbs/machine/06d_names.ipynb #872ec0e2
+# %% ../../nbs/machine/06d_names.ipynb #9011a9c7
 _MODEL_FILES = ('*.safetensors', 'config.json', 'generation_config.json', 'tokenizer*', 'chat_template*',
                 'special_tokens_map.json', 'vocab*', 'merges.txt')
 _NOT_WEIGHTS = {'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping', 'task_type'}
@@ -216,10 +216,10 @@ def model_key(
     "What identifies a model without loading it; it depends on contents, not on paths"
     where, adapters = resolve(str(model))
     folder = Path(where)
-    if folder.is_dir():
+    if (folder/_ORIGIN).exists(): base = [f'gguf:{read_json(folder/_ORIGIN)["sha256"][:16]}']
+    elif folder.is_dir():
         found = sorted({f for g in _MODEL_FILES for f in folder.glob(g) if f.is_file()})
         base = [f'{f.name}:{content_digest(f)[:16]}' for f in found]
-        if (folder/_ORIGIN).exists(): base = [f'gguf:{read_json(folder/_ORIGIN)["sha256"][:16]}']
     else: base = [_with_commit(where)]
     return '|'.join(base+[_adapter_key(a) for a in adapters])
 
