@@ -30,6 +30,7 @@ class BuildWithFiles(build_py):
 
 
 dev, *extras = (split(cfg[f'{k}_requirements']) for k in ('dev', 'embedded', 'qlora', 'bertscore', 'server'))
+instruct = split(cfg['instruct_requirements'])  # a gigabyte: not part of `dev`
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
@@ -39,7 +40,8 @@ setup(
     packages=find_packages(include=[lib, lib+'.*']), include_package_data=True, cmdclass={'build_py': BuildWithFiles},
     python_requires='>='+cfg['min_python'],
     install_requires=split(cfg['requirements']),
-    extras_require={'dev': sum(extras, dev), **dict(zip(('embedded', 'qlora', 'bertscore', 'server'), extras))},
+    extras_require={'dev': sum(extras, dev), 'instruct': instruct,
+                    **dict(zip(('embedded', 'qlora', 'bertscore', 'server'), extras))},
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     entry_points={'console_scripts': split(cfg['console_scripts']), 'nbdev': [f'{lib}={lib}._modidx:d']},
 )

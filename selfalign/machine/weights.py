@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_type', 'merge_adapter', 'quantized', 'check_finite', 'read_model']
 
-# %% ../../nbs/machine/07_weights.ipynb #6655f1ca
+# %% ../../nbs/machine/07_weights.ipynb #9b7833d2
 import logging, tempfile
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .files import BadInput
 from .hub import cache_dir, explain, hub_args  # noqa: F401
 from .names import ALIGNED, WARM_START, base_name, check_adapter, convert_gguf  # noqa: F401
 from .names import embedded_base, model_bytes, model_key, pinned, revision, save_folder  # noqa: F401
-from .names import resolve
+from .names import resolve, stored_dtype
 
 # %% ../../nbs/machine/07_weights.ipynb #974a6bf7
 def model_type(
@@ -86,7 +86,7 @@ def check_finite(
           'its files are damaged, or a training has diverged'
     raise BadInput(f'{model}: NaN or infinity in {where}: {why}')
 
-# %% ../../nbs/machine/07_weights.ipynb #ca4c7705
+# %% ../../nbs/machine/07_weights.ipynb #71ef93db
 def read_model(
     model:str, # A model's name, as for `resolve`
     adapter:str=None, # Folder of a LoRA adapter to put on top; merged into the weights
@@ -98,7 +98,7 @@ def read_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where, adapters = resolve(str(model))
     if adapter: adapters = [*adapters, check_adapter(adapter)]
-    dev, dt = pick_device(device, dtype)
+    dev, dt = pick_device(device, dtype, stored_dtype(where))
     if dev=='cpu': keep_heap()
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # peft imports it; it lists the kernels it lacks
     kw = dict(dtype=dt, use_safetensors=True)
