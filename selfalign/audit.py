@@ -7,7 +7,7 @@ __all__ = ['MIX_SHARES', 'audit_data', 'corrupted_rows', 'score_corrupted', 'cor
            'choose_mode', 'audit', 'chosen_on', 'other_style', 'audit_misfit', 'trained_corruptions', 'trained_style',
            'training_misfit', 'find_audit', 'audit_table', 'plot_audit', 'plot_trust']
 
-# %% ../nbs/loop/09_audit.ipynb #87af87a8
+# %% ../nbs/loop/09_audit.ipynb #ffb1973e
 import random
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .machine.files import BadInput, read_json
 from .machine.messages import load_messages
 from .machine.statistics import interval_text, mean_interval, mean_or_none, preferred, share_interval
 from .machine.textmodel import progress_bar
-from .machine.weights import resolve
+from .machine.names import measured_in, resolve
 from .instructions import load_instructions
 from .replies import good_replies, load_replies, reply_pairs
 from .judge import combine, methods, score_rows
@@ -277,14 +277,13 @@ def training_misfit(
     why = other_style(trained_style(model, adapter), style)
     return why and f'the training of this judge does not fit: {why}'
 
-# %% ../nbs/loop/09_audit.ipynb #d84adb36
+# %% ../nbs/loop/09_audit.ipynb #ee8eab17
 def find_audit(
     model:str, # A model's name, as for `load`
 )->dict: # Of `audit`, or None
-    "The audit that lies beside a model's last adapter"
-    adapters = resolve(model)[1]
-    f = Path(adapters[-1])/'audit.json' if adapters else None
-    return read_json(f) if f and f.exists() else None
+    "The audit among what was measured of a model"
+    folder = measured_in(model)
+    return read_json(folder/'audit.json') if folder and (folder/'audit.json').exists() else None
 
 # %% ../nbs/loop/09_audit.ipynb #20c348cb
 def audit_table(

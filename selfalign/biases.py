@@ -6,10 +6,10 @@
 __all__ = ['grade_table', 'length_correlations', 'as_list', 'list_preference', 'tie_share', 'digit_checks', 'biases',
            'reply_preference']
 
-# %% ../nbs/loop/09b_biases.ipynb #3205fe00
+# %% ../nbs/loop/09b_biases.ipynb #9542f816
 from .machine.statistics import preferred, share_interval
 from .corruptions import sentences
-from .judge import MODES, combine, digit_probs, expected_score, score_rows
+from .judge import ALONE, combine, digit_probs, expected_score, score_rows
 
 # %% ../nbs/loop/09b_biases.ipynb #a96ddbe2
 def grade_table(
@@ -98,7 +98,7 @@ def digit_checks(
                 batch=None if np.isnan(e-alone).all() else float(np.nanmax(np.abs(e-alone))),
                 entropy=dict(zip(style.criteria, _entropy(p))))
 
-# %% ../nbs/loop/09b_biases.ipynb #21a77751
+# %% ../nbs/loop/09b_biases.ipynb #8e7a9f95
 def biases(
     llm, # The judge
     rows:list, # Answers: `prompt`, `completion`, and `quality` (a number) where it is known
@@ -110,7 +110,7 @@ def biases(
     twins = [r for r in scored if as_list(r['completion'])]
     lists = [dict(prompt=r['prompt'], completion=as_list(r['completion'])) for r in twins]
     lists = lists and score_rows(llm, lists, 'mix', style)
-    for mode in MODES[:3] if style.measures else MODES[:1]:
+    for mode in ALONE if style.measures else ALONE[:1]:
         t = grade_table(scored, style, mode, mix)
         res[mode] = dict(n=len(t), length=length_correlations(t), ties=tie_share(t.score),
                          prefers_lists=list_preference(twins, lists, style, mode, mix))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['check_values', 'check_source', 'check_rows', 'check_models', 'check_run']
 
-# %% ../nbs/loop/17b_checks.ipynb #a247c010
+# %% ../nbs/loop/17b_checks.ipynb #9649fc8c
 from pathlib import Path
 
 from .machine.files import BadInput
-from .machine.messages import is_hub, source_file
+from .machine.messages import SHIPPED, is_hub, source_file
 from .machine.tables import table_kind
 from .machine.capacity import need_memory, need_space, pick_device
 from .machine.names import model_bytes, resolve
@@ -37,13 +37,13 @@ def check_values(
         from selfalign.machine.client import api_url
         api_url(r.server)
 
-# %% ../nbs/loop/17b_checks.ipynb #24b91097
+# %% ../nbs/loop/17b_checks.ipynb #fee477d0
 def check_source(
     source:str, # As in a recipe
     products, # Paths that the run writes
 ):
     "Refuse a source that is not there, of no known kind, or an output of the run"
-    if source=='embedded' or is_hub(source): return
+    if source in SHIPPED or is_hub(source): return
     table_kind(source_file(source))
     if Path(source).resolve() in {Path(p).resolve() for p in products}:
         raise BadInput(f'{source}: this run would overwrite its own instructions; give it another name')

@@ -6,9 +6,11 @@
 __all__ = ['LOSSES', 'turn_end', 'to_trl', 'pair_trainer', 'LossSettings', 'DPOSettings', 'loss_args', 'fitting_pairs',
            'train_dpo', 'plot_log', 'watch']
 
-# %% ../nbs/loop/11_dpo.ipynb #8df3e836
+# %% ../nbs/loop/11_dpo.ipynb #eeb87f52
 import hashlib, json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 from .machine.files import BadInput, read_json, write_json, write_jsonl
 from .machine.processes import rank, say, sharded
@@ -118,14 +120,19 @@ def fitting_pairs(
     say(f'            {told}')
     return fit, lost
 
-# %% ../nbs/loop/11_dpo.ipynb #683aae44
+# %% ../nbs/loop/11_dpo.ipynb #6774d303
 _REFERENCE = ['ref_chosen_logps', 'ref_rejected_logps']
 
-def _kept_reference(folder, data, model, settings):
-    "Where the reference's log-probabilities of these pairs are kept, or None"
+def _reference_key(data, model, settings):
+    "Digest of all that the reference's log-probabilities of these pairs depend on"
     depends = [data.to_list(), model, settings.max_length, settings.ld_alpha]
-    digest = hashlib.sha256(json.dumps(depends, ensure_ascii=False).encode()).hexdigest()
-    return Path(folder)/f'ref_logps_{digest[:16]}.json' if folder else None
+    return hashlib.sha256(json.dumps(depends, ensure_ascii=False).encode()).hexdigest()[:16]
+
+@contextmanager
+def _named(key):
+    "TRL names what it computes of a reference by a hash of all weights, in float32 copies; `key` needs no copies"
+    import trl.trainer.dpo_trainer as t
+    with patch.object(t, 'hash_module', lambda model: key) if hasattr(t, 'hash_module') else nullcontext(): yield
 
 def _is_4bit(llm): return 4 if getattr(llm.model, 'is_loaded_in_4bit', False) else 0
 
@@ -137,7 +144,7 @@ def _check_pairs(pairs, settings):
     if held: raise BadInput(f'{held} of {len(pairs)} pairs are held out; train on those with split: train')
     check_training(settings, len(pairs))
 
-# %% ../nbs/loop/11_dpo.ipynb #3149c24c
+# %% ../nbs/loop/11_dpo.ipynb #be29f06b
 def train_dpo(
     pairs:list, # Rows with `prompt`, `chosen`, `rejected`
     llm:LLM,    # The model to align and the reference; the adapter wraps it: load it anew afterwards
@@ -157,12 +164,13 @@ def train_dpo(
     out, model = Path(out), llm.fingerprint()
     fit, lost = fitting_pairs(pairs, llm, system, settings.max_length)
     data = Dataset.from_list(fit)
-    kept = _kept_reference(ref_cache, data, model, settings)
+    key = _reference_key(data, model, settings)
+    kept = Path(ref_cache)/f'ref_logps_{key}.json' if ref_cache else None
     ref = read_json(kept) if kept and kept.exists() else None
     args = trainer_args(DPOConfig, settings, out/'checkpoints', llm, seed, **loss_args(settings),
                         precompute_ref_log_probs=ref is None and not sharded())
     data = shared_dataset(data, out/'checkpoints.pairs')
-    with completion_logits_only():
+    with completion_logits_only(), _named(key):
         trainer = pair_trainer(llm.model, args=args, train_dataset=data, processing_class=llm.tok,
                                peft_config=lora(settings), callbacks=callbacks)
     if args.precompute_ref_log_probs and kept and rank()==0:

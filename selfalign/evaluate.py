@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SHARES', 'MOST_UNGRADED', 'measure', 'compare', 'table', 'table_md', 'red_flags', 'length_text',
-           'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'evaluate']
+           'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'second_verdict', 'evaluate']
 
-# %% ../nbs/loop/14_evaluate.ipynb #4d9be591
+# %% ../nbs/loop/14_evaluate.ipynb #50a59497
 import re
+from collections import Counter
 from pathlib import Path
 
 from .machine.files import BadInput, write_json, write_text
-from .machine.statistics import finite, mean_interval, ratio_interval, share_interval
+from .machine.statistics import finite, mean_interval, mean_or_none, ratio_interval, share_interval
 from .candidates import repetition, tokenize_words
 from .gold import gold_found, gold_words, qa_scores
-from .inference import side_by_side
+from .inference import paired, side_by_side
 from .judge import JudgeSettings, grade
 from .llm import LLM
 from .style import Style
@@ -73,7 +74,14 @@ def _side(measures):
 
 def _wordless(gold): return bool(gold) and not gold_words(gold)
 
-# %% ../nbs/loop/14_evaluate.ipynb #5974c804
+# %% ../nbs/loop/14_evaluate.ipynb #acabc041
+def _answers(rows, style, gold):
+    "The numbers of each instruction: the means over its answers"
+    by = {}
+    for r in rows: by.setdefault(r['prompt_id'], []).append(measure(r, style, gold.get(r['prompt_id'])))
+    return {p: {k: mean_or_none([finite(m[k]) for m in ms]) for k in MEASURES} for p,ms in by.items()}
+
+# %% ../nbs/loop/14_evaluate.ipynb #354e941a
 def compare(
     reference:list, # Graded answers of the reference
     policy:list, # Graded answers of the policy, to the same instructions
@@ -82,10 +90,11 @@ def compare(
     tie:float=.05, # Scores closer than this are a tie, in points
 )->dict: # `n`, `reference`, `policy`, `difference`, `shorter`, `win_rate`, `ties`, `ungraded`, `lc_win_rate`, `lc`, ...
     "The held-out comparison of two models, paired by instruction, every number with its 95% interval"
-    ref, pol = ({r['prompt_id']: r for r in rs} for rs in (reference, policy))
-    ids, gold = [k for k in ref if k in pol], gold or {}
+    gold = gold or {}
+    ref, pol = (_answers(rs, style, gold) for rs in (reference, policy))
+    ids = [k for k in ref if k in pol]
     if not ids: raise BadInput('answers.jsonl: no instruction was answered by both models')
-    a, b = ([measure(m[k], style, gold.get(k)) for k in ids] for m in (ref, pol))
+    a, b = ([m[k] for k in ids] for m in (ref, pol))
     before, after, change = (dict(zip(MEASURES, xs)) for xs in zip(*(_row(k, a, b) for k in MEASURES)))
     def gaps(k): return [None if None in (finite(x[k]), finite(y[k])) else y[k]-x[k] for x,y in zip(a, b)]
     wins = [verdict(g, tie) for g in gaps('score')]
@@ -177,11 +186,10 @@ def win_text(
     return (f'Win rate of the policy {pc(ev["win_rate"], ev["win_rate_ci"])}, {ev["ties"]} ties{missing}{lc}, '
             f'judged by {judge}.')
 
-# %% ../nbs/loop/14_evaluate.ipynb #aa96ad9f
+# %% ../nbs/loop/14_evaluate.ipynb #06cb4440
 def _plot_lengths(ax, ev, reference, policy):
     "Tokens of each answer, before and after"
-    pol = {r['prompt_id']: r for r in policy}
-    xy = [(r['n_tokens'], pol[r['prompt_id']]['n_tokens']) for r in reference if r['prompt_id'] in pol]
+    xy = [(a['n_tokens'], b['n_tokens']) for a,b in paired(reference, policy)]
     top = max(max(p) for p in xy)*1.05
     ax.scatter(*zip(*xy), alpha=.6)
     ax.plot([0, top], [0, top], ls=':', c='gray')
@@ -255,8 +263,19 @@ def by_model(
     "Answers by the model that gave them"
     return tuple([r for r in rows if r['model']==m] for m in ('reference', 'policy'))
 
-# %% ../nbs/loop/14_evaluate.ipynb #c0239142
-def _second_verdict(rows, second, folder, style, progress):
+# %% ../nbs/loop/14_evaluate.ipynb #94385730
+def _with_siblings(mix, reference):
+    "The mix, without consensus where an instruction has less than two answers of the reference to agree with"
+    n = Counter(r['prompt_id'] for r in reference)
+    return mix if min(n.values(), default=0)>1 else {k: v for k,v in (mix or {}).items() if k!='consensus'} or None
+
+def second_verdict(
+    rows:list, # Of `answers.jsonl`
+    second:LLM, # Any other model than the judge
+    folder:Path, # Where `answers_second.jsonl` goes
+    style:Style, # What is judged
+    progress:str='', # Label of a progress bar
+)->dict: # `judge`, and its part of what `compare` gives
     "What a second judge's likelihoods say of the same answers"
     graded = grade(rows, second, Path(folder)/'answers_second.jsonl', style, JudgeSettings(judge='likelihood'),
                    progress=progress and progress+', second judge')
@@ -264,7 +283,7 @@ def _second_verdict(rows, second, folder, style, progress):
     keys = ('n', 'win_rate', 'win_rate_ci', 'ties', 'ungraded', 'lc_win_rate', 'lc_win_rate_ci', 'lc')
     return dict(judge=f'{second.name}:likelihood', **{k: other[k] for k in keys})
 
-# %% ../nbs/loop/14_evaluate.ipynb #9d05a367
+# %% ../nbs/loop/14_evaluate.ipynb #f14344af
 def evaluate(
     rows:list, # Of `answers.jsonl`: both models' answers
     judge:LLM, # The frozen judge: the reference model
@@ -273,17 +292,19 @@ def evaluate(
     settings:JudgeSettings=JudgeSettings(), # How it is judged
     instructions:list=(), # For their gold answers
     mix:dict=None, # Share of the digits in mode `mix`, as in `grade`
-    second:LLM=None, # A second judge, any other model, by its likelihoods
+    second:dict=None, # Of `second_verdict`; asked before, so that the two judges need not be in memory together
     progress:str='', # Label of the progress bars
 )->dict: # As `compare`, with `warnings`, `judge` and, if there is a second judge, its verdict as `second`
     "Grade and compare both models' held-out answers, write the report"
     import matplotlib.pyplot as plt
     folder = Path(folder)
-    graded = grade(rows, judge, folder/'answers_graded.jsonl', style, settings, mix=mix, progress=progress)
+    reference = by_model(rows)[0]
+    mix = _with_siblings(mix, reference)
+    graded = grade(rows, judge, folder/'answers_graded.jsonl', style, settings, mix, progress=progress, among=reference)
     ref, pol = by_model(graded)
     ev = compare(ref, pol, style, {r['prompt_id']: r.get('gold') for r in instructions})
-    if second: ev['second'] = _second_verdict(rows, second, folder, style, progress)
-    ev['warnings'], ev['judge'] = red_flags(ev, pol, style), f'{judge.name}:{settings.judge}'
+    if second: ev['second'] = second
+    ev['warnings'], ev['judge'], ev['mix'] = red_flags(ev, pol, style), f'{judge.name}:{settings.judge}', mix
     write_json(folder/'evaluation.json', ev)
     fig = plot_evaluation(ev, ref, pol, style)
     fig.savefig(folder/'evaluation.png', dpi=110)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'versions', 'pinned_data', 'input_digest', 'is_whole']
 
-# %% ../nbs/loop/17c_record.ipynb #1fcad4f8
+# %% ../nbs/loop/17c_record.ipynb #0ddd260c
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .machine.files import BadInput, file_digest, read_json, read_jsonl, write_json
 from .machine.messages import is_hub, source_file
 from .machine.store import row_key
-from .machine.capacity import pick_device
+from .machine.capacity import free_heap, pick_device
 from .machine.hub import dataset_revision
 from .machine.names import model_key, pinned
 from .llm import load as load_model
@@ -84,7 +84,13 @@ def pinned_data(
     commit = None if '@' in name else dataset_revision(name)
     return f'{name}@{commit}' if commit else name
 
-# %% ../nbs/loop/17c_record.ipynb #5ef3879d
+# %% ../nbs/loop/17c_record.ipynb #bb49c084
+@patch
+def release(self:Run):
+    "Let go of the models, and give their memory back; they are read again where they are needed again"
+    self.llm = self.frozen = None
+    free_heap()
+
 @patch
 def load(self:Run,
     adapter=None, # Folder of an adapter to put on top
@@ -93,13 +99,14 @@ def load(self:Run,
     spread:bool=False, # In main memory, for accelerate to spread over devices?
 ):
     "A model on the recipe's device: the one to align, with or without what was trained, or another"
+    self.release()
     dev, dtype = self.r.device or None, self.r.dtype or None
     if spread: dev, dtype = 'cpu', str(pick_device(dev, dtype)[1]).split('.')[-1]
     return load_model(self.pin(model or self.r.model), adapter, dev, dtype, bits)
 
 @patch
 def model(self:Run):
-    "The model to align, loaded once"
+    "The model to align, loaded unless it is in memory"
     if self.llm is None: self.llm = self.load()
     return self.llm
 

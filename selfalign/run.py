@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['peak_gb', 'rows_of', 'run_all', 'summary']
 
-# %% ../nbs/loop/18_run.ipynb #09a29701
+# %% ../nbs/loop/18_run.ipynb #6d456a86
 import shutil
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .machine.files import file_digest, locked, read_json, read_jsonl
+from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
 from .evaluate import by_model, length_text, table
 from .steps import STEPS, compared_on, judges_said
@@ -35,7 +35,7 @@ def alone(self:Run):
             self.recall(); barrier(); self.mine = True; yield
         finally: self.mine = False
 
-# %% ../nbs/loop/18_run.ipynb #e2959c51
+# %% ../nbs/loop/18_run.ipynb #91026c98
 @patch
 def step(self:Run,
     name:str, # Of `STEPS`
@@ -46,9 +46,11 @@ def step(self:Run,
         self.check()
         key, t = on_first(lambda: self._begin(name, force)), time.time()
         if not key: return False
+        begin_peak()
         do = STEPS[name].do
         counts = do(self) if STEPS[name].parted else on_first(lambda: do(self))
         if rank()==0: self._end(name, key, counts, time.time()-t)
+        free_heap()
         return True
 
 # %% ../nbs/loop/18_run.ipynb #dca582fe
@@ -82,13 +84,12 @@ def _end(self:Run, name, key, counts, seconds):
     self.save()
     say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s')
 
-# %% ../nbs/loop/18_run.ipynb #8a4f2340
+# %% ../nbs/loop/18_run.ipynb #d3508183
 def peak_gb(
 )->float: # GB; None where the system does not say
-    "The most memory this process has used so far"
-    try: import resource
-    except ImportError: return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e9, 2)
+    "The most main memory this process has used in this step; where that cannot be begun anew, since its start"
+    n = peak_memory()
+    return n and round(n/1e9, 2)
 
 # %% ../nbs/loop/18_run.ipynb #5af233d1
 def rows_of(
@@ -117,7 +118,7 @@ def forget(self:Run):
     if self.models.is_dir() and not any(self.models.iterdir()): self.models.rmdir()
     self.record = {}
 
-# %% ../nbs/loop/18_run.ipynb #2ed2b8c3
+# %% ../nbs/loop/18_run.ipynb #8bee3f95
 def run_all(
     run:Run, # A run
     fresh:bool=False, # Begin anew?
@@ -130,6 +131,7 @@ def run_all(
             on_first(run.forget)
         for s in STEPS: run.step(s)
         on_first(run.save)
+        run.release()
     return run
 
 # %% ../nbs/loop/18_run.ipynb #20c96cb5

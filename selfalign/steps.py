@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'check_counts', 'train_rows', 'test_rows', 'answer_sampling', 'compared_on', 'judges_said', 'how_called',
            'Step']
 
-# %% ../nbs/loop/17_steps.ipynb #3dba09f0
+# %% ../nbs/loop/17_steps.ipynb #d4ce796e
 from dataclasses import dataclass, replace
 
 from .machine.files import BadInput, read_json, read_jsonl, write_json, write_jsonl
@@ -22,7 +22,7 @@ from .audit import audit_misfit, near_chance, training_misfit
 from .pairs import PairSettings, make_pairs
 from .dpo import DPOSettings, train_dpo, watch
 from .inference import AnswerSettings, answers
-from .evaluate import evaluate, length_text, table_md, win_text
+from .evaluate import evaluate, length_text, second_verdict, table_md, win_text
 
 # %% ../nbs/loop/17_steps.ipynb #4892cd56
 def check_counts(
@@ -108,7 +108,7 @@ def _do_pairs(run):
     rows = read_jsonl(run.data/'scores.jsonl', ('prompt_id', 'prompt', 'completion'))
     return make_pairs(rows, run.data, run.style, run.r.part(PairSettings))
 
-# %% ../nbs/loop/17_steps.ipynb #35da33a5
+# %% ../nbs/loop/17_steps.ipynb #bca8c932
 def _card_title(r): return f'{r.name}: {r.model} aligned with its own grades'
 
 def _do_dpo(run):
@@ -116,7 +116,6 @@ def _do_dpo(run):
     r, pairs = run.r, read_jsonl(run.data/'pairs.jsonl', ('prompt_id', 'prompt', 'chosen', 'rejected', 'split'))
     train = [p for p in pairs if p['split']=='train']
     aside = list({p['prompt_id']: p for p in pairs if p['split']=='test'}.values())[:8]
-    if r.bits or sharded(): run.llm = None # whole weights and rounded ones need not fit together
     llm = run.load(bits=r.bits, spread=sharded()) if r.bits or sharded() else run.model()
     looks = r.watch_every and aside and rank()==0 and not sharded()
     greedy = replace(answer_sampling(r), temperature=0.)
@@ -139,14 +138,14 @@ def answer_sampling(
     "How held-out answers are sampled"
     return r.part(AnswerSettings).sampling(r.max_new_tokens)
 
-# %% ../nbs/loop/17_steps.ipynb #eb8e77ca
+# %% ../nbs/loop/17_steps.ipynb #c4188ae8
 def _ask(run, label, llm):
     "The answers of one of the two models to the instructions of the evaluation"
     r = run.r
     return answers(test_rows(run), llm, run.data/f'answers_{label}.jsonl', label, answer_sampling(r), run.style.system,
-                   r.seed, r.batch_size, f'{label} answers')
+                   r.seed, r.batch_size, f'{label} answers', r.answer_samples)
 
-# %% ../nbs/loop/17_steps.ipynb #f5facc96
+# %% ../nbs/loop/17_steps.ipynb #6c0a622e
 def _do_reference(run):
     "The model's own answers to the held-out instructions"
     llm = run.writer()
@@ -154,9 +153,9 @@ def _do_reference(run):
         say('            on this machine: the server does not sample as the trained model will, here')
         llm = run.model()
     out = _ask(run, 'reference', llm)
-    return {'in': len(out), 'out': len(out)}
+    return {'in': len(out)//run.r.answer_samples, 'out': len(out)}
 
-# %% ../nbs/loop/17_steps.ipynb #e76779ff
+# %% ../nbs/loop/17_steps.ipynb #231c97d0
 def _do_answer(run):
     "The aligned model's answers, beside the model's own"
     reference = read_jsonl(run.data/'answers_reference.jsonl', ('prompt_id', 'prompt', 'completion'))
@@ -165,9 +164,9 @@ def _do_answer(run):
         write_jsonl(run.data/'answers.jsonl', both)
         for f in ('answers_policy.jsonl', 'answers_example.jsonl'): (run.data/f).unlink(missing_ok=True)
     on_first(tidy)
-    return {'in': len(both)//2, 'out': len(both)}
+    return {'in': len(both)//2//run.r.answer_samples, 'out': len(both)}
 
-# %% ../nbs/loop/17_steps.ipynb #7c39098e
+# %% ../nbs/loop/17_steps.ipynb #7f182153
 def compared_on(r):
     "What kind of instructions a recipe compares on"
     return 'training instructions set aside' if r.n_validation else 'held-out instructions'
@@ -193,13 +192,15 @@ def _card_results(run, ev):
 def _do_evaluate(run):
     "Grade and compare both; write the report and the card"
     r, rows = run.r, read_jsonl(run.data/'answers.jsonl', ('prompt_id', 'prompt', 'model', 'completion'))
-    second = run.load(model=r.second_judge) if r.second_judge else None
+    second = None
+    if r.second_judge:
+        second = second_verdict(rows, run.load(model=r.second_judge), run.data, run.style, 'evaluation')
     ev = evaluate(rows, run.judge(), run.data, run.style, r.part(JudgeSettings), test_rows(run), run.mix(), second,
                   'evaluation')
     write_json(run.models/'evaluation.json', ev)
     model_card(run.models, _card_title(r), _card_results(run, ev))
-    return {'in': len(rows)//2, 'out': ev['n'], 'ungraded': ev['ungraded'], 'shorter': ev['shorter']['mean'],
-            'warnings': ev['warnings']}
+    return {'in': len(rows)//2//r.answer_samples, 'out': ev['n'], 'ungraded': ev['ungraded'],
+            'shorter': ev['shorter']['mean'], 'warnings': ev['warnings']}
 
 # %% ../nbs/loop/17_steps.ipynb #7a4616e4
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class _Keys(Settings):
     sheet: SheetTexts = Field(SheetTexts(), description='words on the page where people compare answers')
     example: str = setting('', 'an instruction to put on that page as well')
 
-# %% ../nbs/loop/04_style.ipynb #c1119be7
+# %% ../nbs/loop/04_style.ipynb #ae872301
 class Style(_Keys):
     "A written scale with all that depends on it; made by `load_style`"
     @model_validator(mode='after')
@@ -129,6 +129,7 @@ class Style(_Keys):
         "A name begins the judge's reply, so no part of it may be a control token"
         for c in criteria:
             if plain_text(None, c)!=c: raise ValueError(f'names without marks such as <eos>; {c!r} has one')
+            if c=='consensus': raise ValueError('other names than consensus, which is a voice of the judge')
         return criteria
 
     @field_validator('lang')

@@ -6,7 +6,7 @@
 __all__ = ['commands', 'whole', 'cmd_run', 'cmd_dpo', 'cmd_recipes', 'cmd_styles', 'cmd_sft', 'cmd_curve', 'cmd_audit',
            'cmd_frontier', 'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #ac761097
+# %% ../../nbs/machine/21_commands.ipynb #39d74f29
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -23,7 +23,7 @@ from .sampling import Sampling
 from .settings import checked
 from .weights import need_space, save_folder
 from ..agreement import read_pairs
-from ..audit import audit, audit_data, audit_table, chosen_on, trained_corruptions
+from ..audit import audit, audit_data, trained_corruptions
 from ..evaluate import by_model, compare, table, verdict
 from ..gold import bert_f1
 from ..inference import answers, chat, stream
@@ -31,6 +31,8 @@ from ..instructions import InstructionSettings, load_instructions
 from ..judge import MODES
 from ..llm import load
 from ..people import people_summary, read_verdicts, sheet_rows, write_sheet
+from ..raters import audit_scores, audit_text, check_enough, known_mix, read_scores, scores_text
+from ..truth import add_truth, truth_text
 from ..recipe import Recipe, check_name, read_recipe, recipe_names, recorded
 from ..results import drift_text, frontier, learning_curve, more_rounds, print_summary
 from ..run import Run, run_all
@@ -204,15 +206,18 @@ def cmd_curve(
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
     learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
 
-# %% ../../nbs/machine/21_commands.ipynb #d61b69f1
+# %% ../../nbs/machine/21_commands.ipynb #ce808ece
 def cmd_audit(
     model:str='embedded', # The judge: embedded, a hub id, a folder, a .gguf file
     adapter:str=None, # Adapter to put on top
     style:str=DEFAULT_STYLE, # The scale it grades by
     data:str='embedded', # Good answers to corrupt: a source with replies, as for run
     pairs:str=None, # A table with prompt, left, right, winner: pairs people compared
-    mode:Param('How it grades: digits, likelihood, mix or joint', str, choices=MODES)='mix',
+    scores:str=None, # Only this instead: a table with prompt, answer, criterion, score (rater, scale): people's scores
+    mode:Param('How it grades', str, choices=[m for m in MODES if m!='consensus'])='mix',
     limit:whole(1)=40, # How many held-out answers to corrupt, at most, and as many training ones to choose on
+    samples:whole(0)=0, # Answer questions with gold answers so often: right against wrong, the share of consensus
+    gold:str='', # Source of these questions; that of the answers unless given
     seed:_seed=0, # Of the corruptions, and of which answers
     out:str=None, # File to write the audit to: a run looks for data/RUN/audit.json, and beside its judge's adapter
     json:store_true=False, # Print the whole audit as JSON and nothing else
@@ -222,32 +227,22 @@ def cmd_audit(
     served:str='', # The name the server gives it; the one it serves unless given
 ):
     "How far can a judge be trusted? Corrupted answers, and people's verdicts"
-    scale = load_style(style)
-    given = read_pairs(pairs)[0] if pairs else None
-    good, ranked, by, chooses = audit_data(data, limit, seed, scale)
+    if pairs and scores: raise BadInput('audit: --pairs and --scores are two audits; give one of them')
+    scale, said = load_style(style), '' if json else 'audit'
+    given, rated = pairs and read_pairs(pairs)[0], scores and check_enough(read_scores(scores), scores)
+    good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
     if server and adapter:
         raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign merge {model} FOLDER '
                        f'--adapter {adapter}`, and serve that')
     llm = _server(server, model, served) if server else load(model, adapter, device, dtype)
     if given: ranked, by = given, 'people'
-    res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed,
-                progress='' if json else 'audit', chooses=chooses)
+    if rated: res = audit_scores(llm, rated, scale, known_mix(adapter or model, llm, scale), out, said)
+    else: res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed, said, chooses)
+    if samples and not rated: res = add_truth(res, llm, gold or data, scale, samples, seed, out, said)
     res.update(dict(served=llm.name) if server else dict(model=model_key(adapter or model)))
     if out: write_json(out, res)
-    if json: print(_json(res)); return
-    print(audit_table({mode: res}).to_string())
-    print(chosen_on(res))
-    print(_agrees(res)+'\n'+'\n'.join(res['findings'] or ['detects all of these corruptions']))
-
-def _agrees(res):
-    "Agreement with whoever ranked the pairs, in a line"
-    for k in ('people', 'author'):
-        a = res.get(k)
-        if a and a['agreement'] is not None:
-            lo, hi = a['ci']
-            return (f'\nagrees with {a["whose"]} in {a["agreement"]:.2f} of {a["n"]} pairs ({lo:.2f} to {hi:.2f}); '
-                    f'longest wins {a["longest_wins"]:.2f}, shortest wins {a["shortest_wins"]:.2f}\n')
-    return ''
+    print(_json(res) if json else scores_text(res) if rated else audit_text(res))
+    if samples and not (json or rated): print(truth_text(res['truth']))
 
 def _server(url, model, served='', **kw):
     from selfalign.machine.server import Server
