@@ -1,11 +1,12 @@
 "The shipped questions with gold answers, consensus, and the test of right and wrong answers."
-import pytest
+import contextlib, io, re
+import pandas as pd, pytest
 from selfalign.consensus import consensus
-from selfalign.gold import gold_found
+from selfalign.gold import gold_found, gold_questions
 from selfalign.instructions import load_instructions
 from selfalign.judge import add_consensus, combine
 from selfalign.machine.duplicates import near_duplicates
-from selfalign.machine.files import read_jsonl, repo_file
+from selfalign.machine.files import BadInput, read_jsonl, repo_file, write_jsonl
 from selfalign.machine.messages import SHIPPED, load_messages
 from selfalign.replies import load_replies
 from selfalign.style import load_style
@@ -28,6 +29,18 @@ def test_what_must_be_worked_out_does_not_stand_in_the_question(asked):
     assert [t for t,g in zip(worked.text, worked.gold) if gold_found(t, g)]==[]
 
 
+def test_what_is_read_off_a_passage_stands_in_it(asked):
+    read = asked[asked.kind.isin(('extraction', 'shortening'))]
+    assert len(read)>100 and [t for t,g in zip(read.text, read.gold) if not gold_found(t, g)]==[]
+
+
+def test_the_programs_print_their_gold_answer(asked):
+    for text,gold in asked[asked.kind=='code_output'][['text', 'gold']].values:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out): exec(re.search(r'```python\n(.*?)```', text, re.S)[1], {})
+        assert out.getvalue().strip()==gold[0], text
+
+
 def test_halves_and_counts(asked):
     n = asked.groupby(['kind', 'split']).size().unstack()
     assert (n.train==n.test).all() and (asked.gold.map(lambda g: bool(g))).all()
@@ -46,6 +59,51 @@ def test_the_halves_are_read_as_they_are():
     rows, _ = load_instructions('embedded-gold', load_style('brief-ru'))
     assert {s: sum(r['split']==s for r in rows) for s in ('train', 'test')}==dict(train=145, test=145)
     assert all(r['gold'] for r in rows)
+
+
+def test_a_file_without_a_split_is_asked_whole(tmp_path):
+    f = write_jsonl(tmp_path/'q.jsonl', [dict(id=i, prompt=f'Какая река течёт через город номер {i}?', gold=['Нева']) for i in range(30)])
+    assert len(gold_questions(f, load_style('brief-ru')))==30
+    left = gold_questions(f, trained=['какая река течёт через город номер 7', 'Другое?'])
+    assert len(left)==29 and not any('номер 7?' in r['prompt'] for r in left)
+    assert {r['split'] for r in left}=={'test'}
+
+
+def sberquad(n, answered=True):
+    "Rows as the hub gives SberQuAD's"
+    return pd.DataFrame([dict(id=n*100+i, title='SberChallenge', context=f'В городе {n}{i} живут 500 человек. Мэра зовут Пётр.',
+                              question='Как зовут мэра?', answers=dict(text=['Пётр' if answered else ''], answer_start=[39 if answered else -1]))
+                         for i in range(5)])
+
+
+def test_sberquad_asks_its_validation_half(tmp_path, monkeypatch):
+    import datasets
+    class Split:
+        def __init__(self, df): self.df = df
+        def to_pandas(self): return self.df
+    got = dict(train=Split(sberquad(1)), validation=Split(sberquad(2)), test=Split(sberquad(3, False)))
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **kw: got)
+    asked = gold_questions('kuznetsoffandrey/sberquad', load_style('brief-ru'))
+    assert [r['prompt_id'] for r in asked]==[f'20{i}' for i in range(5)] and all(r['gold']==['Пётр'] for r in asked)
+    assert asked[0]['prompt']=='В городе 20 живут 500 человек. Мэра зовут Пётр.\n\nКак зовут мэра?'
+    sberquad(4).to_parquet(tmp_path/'s.parquet')
+    sberquad(4).to_json(tmp_path/'s.jsonl', orient='records', lines=True, force_ascii=False)
+    a, b = (gold_questions(tmp_path/f's.{kind}') for kind in ('parquet', 'jsonl'))
+    assert [(r['prompt'], r['gold']) for r in a]==[(r['prompt'], r['gold']) for r in b] and len(a)==5
+
+
+@pytest.mark.parametrize('row,says', [
+    (dict(prompt='Кто?', gold={'txt': 'я'}), r'q\.jsonl, row 2, column gold: cannot be read'),
+    (dict(prompt=5, gold=['я']), r'q\.jsonl, row 2, column prompt: cannot be read'),
+    (dict(context='Он.', question='Кто он?', answers={'answer_start': [0]}), r'q\.jsonl, row 2, column answers: cannot be read')])
+def test_bad_rows_are_named(tmp_path, row, says):
+    good = {k: {'text': ['я']} if k=='answers' else ['я'] if k=='gold' else 'Кто это сделал?' for k in row}
+    with pytest.raises(BadInput, match=says): gold_questions(write_jsonl(tmp_path/'q.jsonl', [good, row]))
+
+
+def test_no_gold_answer_no_question(tmp_path):
+    f = write_jsonl(tmp_path/'q.jsonl', [dict(prompt='Как ваши дела сегодня?'), dict(prompt='Что нового у вас?', gold=[])])
+    assert gold_questions(f)==[]
 
 
 def rows(texts, prompt='q', **kw): return [dict(prompt_id=prompt, prompt=prompt, completion=t, sample=i, **kw)

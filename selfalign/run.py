@@ -53,7 +53,7 @@ def step(self:Run,
         free_heap()
         return True
 
-# %% ../nbs/loop/18_run.ipynb #dca582fe
+# %% ../nbs/loop/18_run.ipynb #9061230c
 @patch
 def check(self:Run):
     "All that can be refused before the first step, once"
@@ -82,7 +82,9 @@ def _end(self:Run, name, key, counts, seconds):
                                   'file': s.writes, 'files': wrote,
                                   'settings': {k: getattr(self.r, k) for k in s.settings}}
     self.save()
-    say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s')
+    say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s{_memory(self.record["steps"][name]["peak_gb"])}')
+
+def _memory(gb): return f', {gb:.1f} GB' if gb else ''
 
 # %% ../nbs/loop/18_run.ipynb #d3508183
 def peak_gb(
@@ -134,7 +136,7 @@ def run_all(
         run.release()
     return run
 
-# %% ../nbs/loop/18_run.ipynb #20c96cb5
+# %% ../nbs/loop/18_run.ipynb #3a20caf9
 def summary(
     run:Run, # A finished run
     n:int=3, # Answers to show
@@ -149,6 +151,8 @@ def summary(
     lines += ['', table(ev, run.style).to_string(), '',
               f'{length_text(ev["shorter"])} on {ev["n"]} {compared_on(run.r)}']
     lines += [*judges_said(ev), *(f'warning: {w}' for w in ev['warnings'])]
-    minutes = sum(v['seconds'] for v in run.record['steps'].values())/60
-    return '\n'.join([*lines, '', f'data {run.data}/   adapter {run.models}/   report {run.data/"report.md"}   '
-                      f'{minutes:.1f} minutes in all', f'talk to it: selfalign chat --model {run.models}'])
+    steps = run.record['steps'].values()
+    minutes, most = sum(v['seconds'] for v in steps)/60, max((v.get('peak_gb') or 0 for v in steps), default=0)
+    where = f'data {run.data}/   adapter {run.models}/   report {run.data/"report.md"}'
+    return '\n'.join([*lines, '', f'{where}   {minutes:.1f} minutes in all{_memory(most)}',
+                      f'talk to it: selfalign chat --model {run.models}'])

@@ -132,17 +132,18 @@ def free_memory(
     import psutil
     return max(0, min([psutil.virtual_memory().available, *_group_free(), *_process_free()]))
 
-# %% ../../nbs/machine/06c_capacity.ipynb #3dd93141
+# %% ../../nbs/machine/06c_capacity.ipynb #888d496b
 def need_memory(
     n_bytes:int, # How much
     what:str='this', # What needs it, for the message
     device:str=None, # As for `pick_device`
+    lower:str='take a smaller model, dtype bfloat16 or bits 4', # What would need less
 ):
     "`BadInput` if less than `n_bytes` of memory are free"
     free = free_memory(device)
     if free>=n_bytes: return
     raise BadInput(f'{what}: {n_bytes/1e9:.1f} GB of memory are needed, {free/1e9:.1f} GB are free; '
-                   'close other programs, or take a smaller model, dtype bfloat16 or bits 4')
+                   f'close other programs, or {lower}')
 
 # %% ../../nbs/machine/06c_capacity.ipynb #3f84c2c2
 def _glibc(call):

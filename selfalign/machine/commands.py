@@ -6,7 +6,7 @@
 __all__ = ['commands', 'whole', 'cmd_run', 'cmd_dpo', 'cmd_recipes', 'cmd_styles', 'cmd_sft', 'cmd_curve', 'cmd_audit',
            'cmd_frontier', 'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #39d74f29
+# %% ../../nbs/machine/21_commands.ipynb #cc8c02a1
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -25,9 +25,9 @@ from .weights import need_space, save_folder
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..evaluate import by_model, compare, table, verdict
-from ..gold import bert_f1
+from ..gold import bert_f1, gold_questions
 from ..inference import answers, chat, stream
-from ..instructions import InstructionSettings, load_instructions
+from ..instructions import InstructionSettings
 from ..judge import MODES
 from ..llm import load
 from ..people import people_summary, read_verdicts, sheet_rows, write_sheet
@@ -300,10 +300,10 @@ def cmd_compare(
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
         print(_json(people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)))
 
-# %% ../../nbs/machine/21_commands.ipynb #89e78e96
+# %% ../../nbs/machine/21_commands.ipynb #aa573049
 def cmd_qa(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
-    data:str='embedded', # Questions with gold answers: embedded, kuznetsoffandrey/sberquad, or a file
+    data:str='embedded', # Questions with gold answers: embedded, embedded-gold, kuznetsoffandrey/sberquad, or a file
     limit:whole(1)=200, # At most so many held-out questions
     max_chars:whole(10)=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)
@@ -312,7 +312,9 @@ def cmd_qa(
     "Question answering with gold answers: has the aligned model lost anything?"
     run = _finished(name, 'run.json', root)
     keep = checked(InstructionSettings, dict(max_chars=max_chars, near_duplicate=1.), 'qa')
-    rows = [r for r in load_instructions(data, run.style, keep)[0] if r['split']=='test' and r.get('gold')][:limit]
+    f = run.data/'instructions.jsonl'
+    trained = [r['prompt'] for r in read_jsonl(f) if r['split']=='train'] if f.exists() else ()
+    rows = gold_questions(data, run.style, keep, trained)[:limit]
     if not rows:
         raise BadInput(f'{data}: no held-out question has a gold answer; give a file with the columns question, '
                        'context, answers, or prompt, gold')
