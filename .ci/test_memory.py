@@ -92,8 +92,8 @@ class Sizes:
 
 
 def test_more_rows_tokens_words_layers_need_more():
-    def need(item=2, again=False, sizes={}, **keys):
-        return training_bytes(Sizes(**sizes), read_recipe('quickstart', **{**dict(train_batch=8, micro_batch=2, max_new_tokens=128, max_length=256), **keys}), item, again)
+    def need(item=2, again=False, sizes=None, **keys):
+        return training_bytes(Sizes(**(sizes or {})), read_recipe('quickstart', **{**dict(train_batch=8, micro_batch=2, max_new_tokens=128, max_length=256), **keys}), item, again)
     for grows in ([need(micro_batch=m) for m in (1, 2, 4, 8)], [need(max_length=m, max_new_tokens=999) for m in (64, 256, 1024)],
                   [need(max_new_tokens=m) for m in (16, 64, 128)], [need(lora_r=m) for m in (4, 16)], [need(item=i) for i in (2, 4)],
                   [need(sizes=dict(vocab_size=v)) for v in (1000, 8000, 32000)], [need(sizes=dict(num_hidden_layers=n)) for n in (2, 28)]):

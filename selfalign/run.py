@@ -53,7 +53,7 @@ def step(self:Run,
         free_heap()
         return True
 
-# %% ../nbs/loop/18_run.ipynb #9061230c
+# %% ../nbs/loop/18_run.ipynb #f4bc75fd
 @patch
 def check(self:Run):
     "All that can be refused before the first step, once"
@@ -82,7 +82,8 @@ def _end(self:Run, name, key, counts, seconds):
                                   'file': s.writes, 'files': wrote,
                                   'settings': {k: getattr(self.r, k) for k in s.settings}}
     self.save()
-    say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s{_memory(self.record["steps"][name]["peak_gb"])}')
+    memory = _memory(self.record['steps'][name]['peak_gb'])
+    say(f'{name:<11} {counts["in"]} in, {counts["out"]} out, {seconds:.0f} s{memory}')
 
 def _memory(gb): return f', {gb:.1f} GB' if gb else ''
 
