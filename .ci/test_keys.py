@@ -91,8 +91,8 @@ reads = {  # by hand, not from STEPS: which steps a setting is an input of
     'pairs': 'margin strategy pairs_per_prompt length_gap require_pmi max_length_ratio',
     'dpo': 'learning_rate lr_scheduler_type schedule_epochs epochs max_steps train_batch micro_batch lora_r lora_alpha max_length beta loss_type ld_alpha sft_weight label_smoothing bits '
            'seed style model device dtype',
-    'reference': 'answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens n_test n_validation seed style model device dtype server',
-    'answer': 'answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens seed style model device dtype',
+    'reference': 'answer_samples answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens n_test n_validation seed style model device dtype server',
+    'answer': 'answer_samples answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens seed style model device dtype',
     'evaluate': 'judge judge_model calibrate criteria_weights second_judge n_test n_validation style model device dtype server'}
 none = 'name rounds served concurrency timeout batch_size save_steps keep_state report_to watch_every'.split()
 
@@ -134,7 +134,7 @@ def test_every_declared_setting_is_read_and_no_other(here):
     r = Run(R(**read_recipe('r.yml').model_dump()))
     r.check()
     explained = {*none, 'server', 'n_prompts', 'n_test', 'n_validation', 'model', 'judge_model', 'second_judge', 'device', 'dtype', 'style', 'data'}  # models and rows are inputs by their contents
-    looks = {'answer_temperature', 'answer_top_k', 'answer_top_p', 'answer_repetition_penalty', 'max_new_tokens'}  # of watch.jsonl
+    looks = {'answer_samples', 'answer_temperature', 'answer_top_k', 'answer_top_p', 'answer_repetition_penalty', 'max_new_tokens'}  # of watch.jsonl
     for name,s in STEPS.items():
         r.key(name)
         seen.clear()

@@ -272,7 +272,7 @@ def test_choices_without_a_suffix(small):
 
 def test_the_measure_of_a_long_text(small, style):
     "PMI per token is over the tokens that were read, also where a text exceeds half the window"
-    from selfalign.judge import answer_features, new_tokens, pmi, token_texts
+    from selfalign.likelihood import answer_features, new_tokens, pmi, token_texts
     from selfalign.machine.scoring import answer_ids
     row = dict(prompt='Да?', completion=' '.join(f'слово{i} да' for i in range(120)))
     with patch.object(type(small), 'window', 128):

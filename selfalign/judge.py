@@ -205,13 +205,13 @@ def combine(
     mean = mean_score(scores, {**style.weights, **(weights or {}), **uncounted})
     return scores, add_consensus(mean, row, (mix or {}).get('consensus', 0) if mode=='mix' else 0)
 
-# %% ../nbs/loop/07_judge.ipynb #0c639cb1
+# %% ../nbs/loop/07_judge.ipynb #cefffa48
 def _score_row(row, found, llm, mode, style, mix, weights):
     "A row of `scores.jsonl`"
     scores, score = combine(found, mode, style, mix, weights)
     features = found['features'] and {k: finite(x) and round(x, 4) for k,x in found['features'].items()}
     return {**row, 'scores': scores, 'score': score, 'mass': found['mass'], 'features': features,
-            'consensus': found['consensus'], 'judge': sys.intern(f'{llm.name}:{mode}')}
+            'consensus': found.get('consensus'), 'judge': sys.intern(f'{llm.name}:{mode}')}
 
 # %% ../nbs/loop/07_judge.ipynb #04fd9eed
 def grade_rows(

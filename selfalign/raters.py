@@ -222,7 +222,7 @@ def voices(
     return dict(length=[len(answer_ids(llm, r['completion'])) for r in rows],
                 **{m: [r['score'] for r in got[m]] for m in modes}, **by_criterion)
 
-# %% ../nbs/loop/09d_raters.ipynb #170d3b10
+# %% ../nbs/loop/09d_raters.ipynb #bdfebca5
 def known_mix(
     model:str, # The judge's name, as for `load`
     llm, # The judge
@@ -230,7 +230,8 @@ def known_mix(
 )->dict: # None: half and half
     "The shares of an audit of this judge and style, if one lies beside its adapter"
     found = find_audit(model)
-    return found['mix'] if found and not audit_misfit(found, llm.fingerprint(), style) else None
+    mix = found['mix'] if found and not audit_misfit(found, llm.fingerprint(), style) else None
+    return mix and {c: share for c,share in mix.items() if c!='consensus'}
 
 # %% ../nbs/loop/09d_raters.ipynb #54544bc1
 def audit_scores(

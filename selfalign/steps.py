@@ -166,7 +166,7 @@ def _do_answer(run):
     on_first(tidy)
     return {'in': len(both)//2//run.r.answer_samples, 'out': len(both)}
 
-# %% ../nbs/loop/17_steps.ipynb #7f182153
+# %% ../nbs/loop/17_steps.ipynb #f60d4984
 def compared_on(r):
     "What kind of instructions a recipe compares on"
     return 'training instructions set aside' if r.n_validation else 'held-out instructions'
@@ -199,7 +199,7 @@ def _do_evaluate(run):
                   'evaluation')
     write_json(run.models/'evaluation.json', ev)
     model_card(run.models, _card_title(r), _card_results(run, ev))
-    return {'in': len(rows)//2//r.answer_samples, 'out': ev['n'], 'ungraded': ev['ungraded'],
+    return {'in': len({x['prompt_id'] for x in rows}), 'out': ev['n'], 'ungraded': ev['ungraded'],
             'shorter': ev['shorter']['mean'], 'warnings': ev['warnings']}
 
 # %% ../nbs/loop/17_steps.ipynb #7a4616e4

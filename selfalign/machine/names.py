@@ -303,7 +303,7 @@ def pinned(
     where, adapters = resolve(str(model))
     return model if adapters or Path(where).exists() else _with_commit(where)
 
-# %% ../../nbs/machine/06d_names.ipynb #8613e5a4
+# %% ../../nbs/machine/06d_names.ipynb #08307ba8
 def _shapes(f):
     "Name and shape of each tensor in a safetensors file"
     with open(f, 'rb') as o:
@@ -325,7 +325,8 @@ def stored_dtype(
 )->str: # Such as `bfloat16`; None where nothing says it
     "The precision of a model's files, by its configuration"
     folder = Path(where) if Path(where).exists() else _hub_file(where)
-    cfg = read_json(folder/'config.json') if folder and (folder/'config.json').is_file() else None
+    try: cfg = read_json(folder/'config.json') if folder and (folder/'config.json').is_file() else None
+    except BadInput: return None # whoever reads the model says what is wrong with it
     said = (cfg.get('dtype') or cfg.get('torch_dtype')) if isinstance(cfg, dict) else None
     return said if isinstance(said, str) else None
 
