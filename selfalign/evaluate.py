@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'SHARES', 'MOST_UNGRADED', 'measure', 'compare', 'table', 'table_md', 'red_flags', 'length_text',
            'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'second_verdict', 'evaluate']
 
-# %% ../nbs/loop/14_evaluate.ipynb #50a59497
+# %% ../nbs/loop/14_evaluate.ipynb #4a940c48
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ from .machine.statistics import finite, mean_interval, mean_or_none, ratio_inter
 from .candidates import repetition, tokenize_words
 from .gold import gold_found, gold_words, qa_scores
 from .inference import paired, side_by_side
-from .judge import JudgeSettings, grade
+from .judge import JudgeSettings, grade, without_consensus
 from .llm import LLM
 from .style import Style
 from .win_rate import lc_win_rate, verdict
@@ -74,12 +74,12 @@ def _side(measures):
 
 def _wordless(gold): return bool(gold) and not gold_words(gold)
 
-# %% ../nbs/loop/14_evaluate.ipynb #acabc041
+# %% ../nbs/loop/14_evaluate.ipynb #e2b0fb47
 def _answers(rows, style, gold):
     "The numbers of each instruction: the means over its answers"
     by = {}
     for r in rows: by.setdefault(r['prompt_id'], []).append(measure(r, style, gold.get(r['prompt_id'])))
-    return {p: {k: mean_or_none([finite(m[k]) for m in ms]) for k in MEASURES} for p,ms in by.items()}
+    return {p: {k: mean_or_none([m[k] for m in ms]) for k in MEASURES} for p,ms in by.items()}
 
 # %% ../nbs/loop/14_evaluate.ipynb #354e941a
 def compare(
@@ -263,11 +263,11 @@ def by_model(
     "Answers by the model that gave them"
     return tuple([r for r in rows if r['model']==m] for m in ('reference', 'policy'))
 
-# %% ../nbs/loop/14_evaluate.ipynb #94385730
+# %% ../nbs/loop/14_evaluate.ipynb #f5630de6
 def _with_siblings(mix, reference):
     "The mix, without consensus where an instruction has less than two answers of the reference to agree with"
     n = Counter(r['prompt_id'] for r in reference)
-    return mix if min(n.values(), default=0)>1 else {k: v for k,v in (mix or {}).items() if k!='consensus'} or None
+    return mix if min(n.values(), default=0)>1 else without_consensus(mix)
 
 def second_verdict(
     rows:list, # Of `answers.jsonl`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'MODES', 'ALONE', 'judge_prompts', 'expected_score', 'digit_probs', 'content_free_probs', 'calibrated',
-           'digit_scores', 'methods', 'score_rows', 'mean_score', 'add_consensus', 'combine', 'grade_rows',
-           'JudgeSettings', 'check_weights', 'grade']
+           'digit_scores', 'methods', 'score_rows', 'mean_score', 'add_consensus', 'without_consensus', 'combine',
+           'grade_rows', 'JudgeSettings', 'check_weights', 'grade']
 
 # %% ../nbs/loop/07_judge.ipynb #c1013ace
 import math, sys
@@ -182,6 +182,13 @@ def add_consensus(
     agreed = finite(row.get('consensus'))
     if not share: return score
     return None if score is None or agreed is None else round((1-share)*score+share*agreed, 4)
+
+# %% ../nbs/loop/07_judge.ipynb #323add50
+def without_consensus(
+    mix:dict, # As in `combine`, or None
+)->dict: # None where nothing else is in it
+    "A mix for answers that have no others to their question"
+    return {k: share for k,share in (mix or {}).items() if k!='consensus'} or None
 
 # %% ../nbs/loop/07_judge.ipynb #eca2d142
 def combine(

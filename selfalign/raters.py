@@ -7,7 +7,7 @@ __all__ = ['read_scores', 'answers_of', 'standard_ranks', 'rank_correlation', 'j
            'ordinal_alpha', 'raters_agreement', 'people_correlations', 'voices', 'known_mix', 'audit_scores',
            'scores_table', 'scores_text', 'audit_text', 'plot_scores']
 
-# %% ../nbs/loop/09d_raters.ipynb #37d5cee6
+# %% ../nbs/loop/09d_raters.ipynb #f0a6cc3b
 import shutil, tempfile
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .machine.scoring import answer_ids
 from .machine.statistics import finite, interval_text, mean_or_none, t_quantile
 from .machine.tables import is_missing, read_table
 from .audit import audit_misfit, audit_table, chosen_on, find_audit
-from .judge import ALONE, JudgeSettings, grade
+from .judge import ALONE, JudgeSettings, grade, without_consensus
 
 # %% ../nbs/loop/09d_raters.ipynb #60d52430
 _need, _may = ('prompt', 'answer', 'criterion', 'score'), ('rater', 'scale')
@@ -222,7 +222,7 @@ def voices(
     return dict(length=[len(answer_ids(llm, r['completion'])) for r in rows],
                 **{m: [r['score'] for r in got[m]] for m in modes}, **by_criterion)
 
-# %% ../nbs/loop/09d_raters.ipynb #bdfebca5
+# %% ../nbs/loop/09d_raters.ipynb #a52a403c
 def known_mix(
     model:str, # The judge's name, as for `load`
     llm, # The judge
@@ -230,8 +230,8 @@ def known_mix(
 )->dict: # None: half and half
     "The shares of an audit of this judge and style, if one lies beside its adapter"
     found = find_audit(model)
-    mix = found['mix'] if found and not audit_misfit(found, llm.fingerprint(), style) else None
-    return mix and {c: share for c,share in mix.items() if c!='consensus'}
+    fits = found and not audit_misfit(found, llm.fingerprint(), style)
+    return without_consensus(found['mix']) if fits else None
 
 # %% ../nbs/loop/09d_raters.ipynb #54544bc1
 def audit_scores(

