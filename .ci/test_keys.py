@@ -86,7 +86,7 @@ def another(k, v):
 
 reads = {  # by hand, not from STEPS: which steps a setting is an input of
     'data': 'data limit min_chars max_chars test_share near_duplicate seed',
-    'candidates': 'samples temperature top_k top_p repetition_penalty max_new_tokens seed style model device dtype server',
+    'candidates': 'samples hinted_samples temperature top_k top_p repetition_penalty max_new_tokens seed style model device dtype server',
     'judge': 'judge judge_model calibrate criteria_weights style model device dtype server',
     'pairs': 'margin strategy pairs_per_prompt length_gap require_pmi max_length_ratio',
     'dpo': 'learning_rate lr_scheduler_type schedule_epochs epochs max_steps train_batch micro_batch lora_r lora_alpha max_length beta loss_type ld_alpha sft_weight label_smoothing bits '

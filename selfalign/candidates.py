@@ -16,7 +16,7 @@ from .machine.sampling import Sampling
 from .machine.settings import Settings, setting
 from .machine.store import Rows, row_key, say_reused
 
-# %% ../nbs/loop/05_candidates.ipynb #bb862009
+# %% ../nbs/loop/05_candidates.ipynb #30322af3
 class CandidateSettings(Settings):
     "How candidates are sampled: warmer than answers in use, because they must differ"
     n_prompts: int = setting(0, 'instructions to sample candidates for; 0: all of the training split', ge=0)
@@ -26,6 +26,8 @@ class CandidateSettings(Settings):
     top_p: float = setting(.95, 'of the candidates; 1: off', ge=.01, le=1)
     repetition_penalty: float = setting(1.1, 'of the candidates; 1: off', ge=1, le=3)
     max_new_tokens: int = setting(256, 'longest answer, in tokens', ge=4)
+    hinted_samples: int = setting(0, 'how many of the candidates are written with the first hint of the style; '
+                                  'training leaves the hint out', ge=0, le=64)
 
     @property
     def sampling(self)->Sampling:
@@ -61,29 +63,32 @@ def diversity(
 # %% ../nbs/loop/05_candidates.ipynb #2828f6a6
 def _row(c): return dict(completion=c.text, n_tokens=c.n_tokens, finished=c.finished)
 
-# %% ../nbs/loop/05_candidates.ipynb #d663e541
+# %% ../nbs/loop/05_candidates.ipynb #a97bfb10
 def sample(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm, # `LLM` or `Server`
     out:Path, # `candidates.jsonl` to write
     n:int, # Answers to each instruction
     sampling:Sampling, # Settings
-    system:str, # Said before each instruction
-    seed:int, # An answer depends on (seed, prompt, number of the sample) only
+    system:str|list, # Said before each instruction; a list has one text for each of the `n` samples
+    seed:int, # An answer depends on (seed, what is said, number of the sample) only
     batch_size:int=0, # Answers written together, at most; 0: as many as memory and device allow
     progress:str='', # Label of the progress bar; empty: none
     label:str='', # What the rows call the model; its name unless given
 )->list: # Candidate rows, in the order of `rows`
     "Answer every instruction `n` times and write `candidates.jsonl`; finished answers are not computed again"
-    common = row_key('answer', llm.fingerprint(), asdict(sampling), system, seed)
-    keys = {p: [row_key(common, p, k) for k in range(n)] for p in dict.fromkeys(r['prompt'] for r in rows)}
+    systems = [system]*n if isinstance(system, str) else list(system)
+    common = {s: row_key('answer', llm.fingerprint(), asdict(sampling), s, seed) for s in systems}
+    keys = {p: [row_key(common[s], p, k) for k,s in enumerate(systems)] for p in {r['prompt']: 1 for r in rows}}
     with Rows(out, (key for ks in keys.values() for key in ks)) as made:
         say_reused(progress, made, len(keys)*n, 'answers')
-        mine = my_part([p for p,ks in keys.items() if any(k not in made for k in ks)])
-        have = {(i, k) for i,p in enumerate(mine) for k,key in enumerate(keys[p]) if key in made}
-        def done(batch): made.add({keys[mine[i]][k]: _row(c) for i,k,c in batch})
-        llm.generate([llm.render(p, system) for p in mine], n, sampling, seed, batch_size,
-                     progress if rank()==0 else '', on_batch=done, have=have)
+        for s in common:
+            ks = [k for k in range(n) if systems[k]==s]
+            mine = my_part([p for p in keys if any(keys[p][k] not in made for k in ks)])
+            have = {(i, k) for i,p in enumerate(mine) for k in range(n) if k not in ks or keys[p][k] in made}
+            def done(batch): made.add({keys[mine[i]][k]: _row(c) for i,k,c in batch})
+            llm.generate([llm.render(p, s) for p in mine], n, sampling, seed, batch_size,
+                         progress if rank()==0 else '', on_batch=done, have=have)
         made.gather()
         return made.write([dict(prompt_id=r['prompt_id'], sample=k, prompt=r['prompt'], **made[key],
                                 model=label or llm.name, seed=seed)

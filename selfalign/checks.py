@@ -22,7 +22,7 @@ from .pairs import check_strategy
 from .dpo import DPOSettings
 from .steps import STEPS, check_counts
 
-# %% ../nbs/loop/17b_checks.ipynb #6b78574e
+# %% ../nbs/loop/17b_checks.ipynb #0e24b8ec
 def check_values(
     r, # A recipe
     style, # Its style
@@ -34,6 +34,9 @@ def check_values(
         raise BadInput(f'{r.name}: second_judge grades by likelihood, and the style {style.name} has no measures; '
                        'leave it empty')
     check_strategy(r.strategy, style, f'{r.name}: ')
+    if r.hinted_samples>r.samples:
+        raise BadInput(f'{r.name}: hinted_samples is {r.hinted_samples}; it must be at most samples, {r.samples}')
+    if r.hinted_samples: style.asked(0)
     if r.server:
         from selfalign.machine.client import api_url
         api_url(r.server)

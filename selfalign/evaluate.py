@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SHARES', 'MOST_UNGRADED', 'measure', 'compare', 'table', 'table_md', 'red_flags', 'length_text',
-           'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'second_verdict', 'evaluate']
+           'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'held_out_mix', 'second_verdict',
+           'evaluate']
 
 # %% ../nbs/loop/14_evaluate.ipynb #4a940c48
 import re
@@ -263,8 +264,11 @@ def by_model(
     "Answers by the model that gave them"
     return tuple([r for r in rows if r['model']==m] for m in ('reference', 'policy'))
 
-# %% ../nbs/loop/14_evaluate.ipynb #f5630de6
-def _with_siblings(mix, reference):
+# %% ../nbs/loop/14_evaluate.ipynb #e2fbc8ba
+def held_out_mix(
+    mix:dict, # As in `grade`
+    reference:list, # Answers of the reference
+)->dict:
     "The mix, without consensus where an instruction has less than two answers of the reference to agree with"
     n = Counter(r['prompt_id'] for r in reference)
     return mix if min(n.values(), default=0)>1 else without_consensus(mix)
@@ -283,7 +287,7 @@ def second_verdict(
     keys = ('n', 'win_rate', 'win_rate_ci', 'ties', 'ungraded', 'lc_win_rate', 'lc_win_rate_ci', 'lc')
     return dict(judge=f'{second.name}:likelihood', **{k: other[k] for k in keys})
 
-# %% ../nbs/loop/14_evaluate.ipynb #f14344af
+# %% ../nbs/loop/14_evaluate.ipynb #c18fd220
 def evaluate(
     rows:list, # Of `answers.jsonl`: both models' answers
     judge:LLM, # The frozen judge: the reference model
@@ -299,7 +303,7 @@ def evaluate(
     import matplotlib.pyplot as plt
     folder = Path(folder)
     reference = by_model(rows)[0]
-    mix = _with_siblings(mix, reference)
+    mix = held_out_mix(mix, reference)
     graded = grade(rows, judge, folder/'answers_graded.jsonl', style, settings, mix, progress=progress, among=reference)
     ref, pol = by_model(graded)
     ev = compare(ref, pol, style, {r['prompt_id']: r.get('gold') for r in instructions})

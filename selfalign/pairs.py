@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'unfit', 'PairSettings', 'candidate_pairs', 'best_worst', 'check_strategy', 'word_gap', 'pick_pairs',
-           'length_price', 'build_pairs', 'check_enough', 'write_csv', 'card', 'make_pairs', 'plot_pairs']
+           'length_price', 'mutual_pairs', 'build_pairs', 'check_enough', 'write_csv', 'card', 'make_pairs',
+           'plot_pairs']
 
 # %% ../nbs/loop/10_pairs.ipynb #df384279
 import csv, io
@@ -33,12 +34,12 @@ def unfit(
     asked_in_script = any(c.isalpha() for c in r['prompt']) and style.in_script(r['prompt'])
     if asked_in_script and not style.in_script(txt): return 'another language'
 
-# %% ../nbs/loop/10_pairs.ipynb #950e14d5
+# %% ../nbs/loop/10_pairs.ipynb #13ce5a19
 class PairSettings(Settings):
     "How pairs are made of graded answers"
     margin: float = setting(.25, 'smallest difference of scores that makes a pair, in points', ge=0, le=4)
     strategy: str = setting('best-worst', 'which pairs: best-worst, all, random (the best against any other), '
-                            'or a criterion whose grade decides')
+                            'mutual (the first against one to another question), or a criterion whose grade decides')
     pairs_per_prompt: int = setting(1, 'most pairs of one prompt, for all and random', ge=1)
     length_gap: float | None = setting(None, 'mean length difference to aim at, chosen minus rejected, in words, '
                                        'such as 0 or -5; null: any', ge=-9999, le=9999)
@@ -97,8 +98,8 @@ def best_worst(
     found, why = candidate_pairs(rows, style, settings)
     return (found[0] if found else None), why
 
-# %% ../nbs/loop/10_pairs.ipynb #32948ad5
-STRATEGIES = ['best-worst', 'all', 'random']
+# %% ../nbs/loop/10_pairs.ipynb #b7160521
+STRATEGIES = ['best-worst', 'all', 'random', 'mutual']
 
 def check_strategy(
     strategy:str, # One of `STRATEGIES`, or a criterion of the style
@@ -147,7 +148,22 @@ def length_price(
         lo, hi = (mid, hi) if mean(mid)>gap else (lo, mid)
     return min((lo, hi), key=lambda x: abs(mean(x)-gap))
 
-# %% ../nbs/loop/10_pairs.ipynb #e64cdec8
+# %% ../nbs/loop/10_pairs.ipynb #9bffc437
+def mutual_pairs(
+    by:dict, # prompt_id: its score rows
+    style:Style, # For `unfit`
+)->tuple: # ({prompt_id: its pair}, {prompt_id: why it has none})
+    "Pairs of an answer and an answer to another question"
+    fit = {k: [r for r in rs if unfit(r, style) is None] for k,rs in by.items()}
+    some = sorted((k for k in fit if fit[k]), key=hash01)
+    def one(k, other):
+        (c, *_), (o, *_) = fit[k], fit[other]
+        return None if c['completion'].strip()==o['completion'].strip() else _pair(c, o, '')
+    made = {k: one(k, other) for k,other in zip(some, some[1:]+some[:1])}
+    why = {k: 'the same answer to the other question' if fit[k] else 'no answer fit to be chosen' for k in by}
+    return {k: p for k,p in made.items() if p}, {k: w for k,w in why.items() if not made.get(k)}
+
+# %% ../nbs/loop/10_pairs.ipynb #a9649822
 def build_pairs(
     rows:list, # Score rows of all prompts
     style:Style, # For `unfit` and the criteria
@@ -158,6 +174,9 @@ def build_pairs(
     s, by = settings, {}
     check_strategy(s.strategy, style)
     for r in rows: by.setdefault(r['prompt_id'], []).append(r)
+    if s.strategy=='mutual':
+        made, why = mutual_pairs(by, style)
+        return [{**p, 'split': _split(k, test_share)} for k,p in made.items()], Counter(why.values())
     found = {k: candidate_pairs(rs, style, s) for k,rs in by.items()}
     some = [ps for ps,_ in found.values() if ps]
     price = 0. if s.length_gap is None else length_price(some, s.length_gap, s.strategy, s.pairs_per_prompt)

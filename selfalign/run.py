@@ -102,8 +102,9 @@ def rows_of(
     "The rows kept for a step beside its file"
     return sorted(folder.glob(f'{Path(file).stem}.rows*.jsonl'))
 
-# %% ../nbs/loop/18_run.ipynb #7be64ed5
-_OF_COMMANDS = ('answers_example.jsonl', 'qa_*.jsonl', 'drift.json', 'models/qa.json') # made of the adapter afterwards
+# %% ../nbs/loop/18_run.ipynb #ee437413
+_OF_COMMANDS = ('answers_example.jsonl', 'qa_*.jsonl', 'drift.json', 'baselines*', 'models/qa.json',
+                'models/baselines.json') # made of the adapter afterwards
 
 @patch
 def wrote(self:Run)->list: # Paths

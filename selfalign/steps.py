@@ -64,12 +64,13 @@ def _do_data(run):
     check_counts(r, n['train'], n['test'])
     return n
 
-# %% ../nbs/loop/17_steps.ipynb #456f950b
+# %% ../nbs/loop/17_steps.ipynb #21df7cf9
 def _do_candidates(run):
     "Sample `samples` answers to each training instruction"
-    r, rows, llm = run.r, train_rows(run), run.writer()
-    out = sample(rows, llm, run.data/'candidates.jsonl', r.samples, r.part(CandidateSettings).sampling,
-                 run.style.system, r.seed, r.batch_size, 'candidates')
+    r, rows, llm, style = run.r, train_rows(run), run.writer(), run.style
+    said = [style.asked(None if k<r.samples-r.hinted_samples else 0) for k in range(r.samples)]
+    out = sample(rows, llm, run.data/'candidates.jsonl', r.samples, r.part(CandidateSettings).sampling, said, r.seed,
+                 r.batch_size, 'candidates')
     return {'in': len(rows), 'out': len(out), 'finished': sum(c['finished'] for c in out),
             'tokens': sum(c['n_tokens'] for c in out), 'model': llm.fingerprint(), 'cut': llm.n_truncated}
 
@@ -235,13 +236,13 @@ _adapter = ('models/adapter_model.safetensors', 'models/adapter_config.json')
 _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tokenizer*', 'special_tokens_map.json',
                  'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state'))
 
-# %% ../nbs/loop/17_steps.ipynb #8dd24156
+# %% ../nbs/loop/17_steps.ipynb #1e1919fd
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
                  ('lang', 'script', 'min_share', 'foreign_letters'), source=True),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
-                       ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system',), ('model',),
-                       train_rows, parted=True),
+                       ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system', 'hints'),
+                       ('model',), train_rows, parted=True),
     'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, _judged,
                   ('judge_model',), parted=True),
     'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings),

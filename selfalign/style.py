@@ -57,7 +57,7 @@ class SheetTexts(Settings):
     save: str = setting('', 'the button that saves')
     left_over: str = setting('', 'how many rows have no verdict')
 
-# %% ../nbs/loop/04_style.ipynb #209fc290
+# %% ../nbs/loop/04_style.ipynb #7f402419
 _code = '[a-z]{2,3}(-[A-Za-z]+)?' # of a language
 FEATURES = ['pmi', 'pmi_per_token', 'logp_new', 'logp_prior', 'logp_end', 'repetition'] # of an answer, by likelihood
 
@@ -66,6 +66,7 @@ class _Keys(Settings):
     name: str = Field(min_length=1, description='what people call it')
     lang: str = Field(description='code of the language, such as ru')
     system: str = Field(description='said before every instruction; may be empty')
+    hints: list[str] = setting([], 'requests for the style, as people would write them into a prompt')
     criteria: dict[str, str] = Field(min_length=1, description='name: what deserves a 5 and what a 1')
     weights: dict[str, float] = setting({}, 'criterion: how much it counts in the mean; 1 where nothing is said')
     measures: dict[str, tuple[str, float, float]] = setting({}, 'criterion: measure, value for 1, value for 5')
@@ -189,6 +190,16 @@ def load_style(
     code = given.get('lang')
     known = isinstance(code, str) and re.fullmatch(_code, code)
     return checked(Style, _over(_language(code, given, where) if known else {}, given), where)
+
+# %% ../nbs/loop/04_style.ipynb #1292d015
+@patch
+def asked(self:Style,
+    hint:int=None, # Which of `hints`; None: without
+)->str:
+    "What is said before every instruction; `BadInput` where there is no such hint"
+    if hint is None: return self.system
+    if hint<len(self.hints): return f'{self.system} {self.hints[hint]}'.strip()
+    raise BadInput(f'style {self.name} has {len(self.hints)} hints, and the {hint+1}. is wanted; add it to the style')
 
 # %% ../nbs/loop/04_style.ipynb #42050b09
 @patch

@@ -18,7 +18,7 @@ from .clean import clean_message
 from .files import BadInput, nearest, package_file, reason
 from .processes import n_ranks, rank, sharded, shut_down
 
-# %% ../../nbs/machine/22_cli.ipynb #3019d938
+# %% ../../nbs/machine/22_cli.ipynb #4c0dce78
 ABOUT = { # what `selfalign --help` says of each command
     'run': 'The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate',
     'data': 'Only the step data: writes instructions.jsonl',
@@ -35,6 +35,7 @@ ABOUT = { # what `selfalign --help` says of each command
     'audit': "How far can a judge be trusted? Corrupted answers, and people's verdicts",
     'curve': 'Does the judge learn from its grading rows? Warm starts with fewer of them, audited alike',
     'frontier': 'Compare settings on one set of candidates and grades; draw length against quality',
+    'baselines': 'What would a user do instead of training? Prompts, the best of n, other trainings, beside the run',
     'compare': "People's verdicts: write a blind A/B sheet, or read what they chose",
     'qa': 'Question answering with gold answers: has the aligned model lost anything?',
     'bench': 'What does it cost? Tokens a second, step times, memory, each beside the usual way',

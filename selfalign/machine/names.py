@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARM_START', 'ALIGNED', 'INSTRUCT', 'join_parts', 'check_gguf', 'save_folder', 'tie_again', 'convert_gguf',
-           'embedded_base', 'embedded_instruct', 'resolve', 'base_name', 'measured_in', 'check_adapter', 'model_key',
-           'revision', 'pinned', 'stored_dtype', 'model_bytes']
+           'embedded_base', 'embedded_instruct', 'resolve', 'base_name', 'origin', 'measured_in', 'check_adapter',
+           'model_key', 'revision', 'pinned', 'stored_dtype', 'model_bytes']
 
 # %% ../../nbs/machine/06d_names.ipynb #91d6ff77
 import hashlib, json, math, os, shutil
@@ -169,7 +169,7 @@ def embedded_instruct(
     out = cache_dir()/'qwen2.5-coder-1.5b-instruct'
     return _unpacked(out, 'instruct', _instruct_pieces, _INSTRUCT_SHA256, int(4.4e9), 'bfloat16')
 
-# %% ../../nbs/machine/06d_names.ipynb #0a9f209e
+# %% ../../nbs/machine/06d_names.ipynb #50319714
 WARM_START, ALIGNED = 'models/gemma3-270m-warm', 'models/gemma3-270m-brief'
 INSTRUCT = 'models/qwen2.5-coder-1.5b-instruct' # what was measured of it; its weights are in the cache
 _SHIPPED = { # name: (function that finds its base, adapters to merge, folder with what was measured of it)
@@ -177,6 +177,8 @@ _SHIPPED = { # name: (function that finds its base, adapters to merge, folder wi
     'embedded': (embedded_base, [WARM_START], WARM_START),
     'embedded-aligned': (embedded_base, [WARM_START, ALIGNED], ALIGNED),
     'embedded-instruct': (embedded_instruct, [], INSTRUCT)}
+_ORIGINS = {embedded_base: ('google/gemma-3-270m', 'gemma'),
+            embedded_instruct: ('Qwen/Qwen2.5-Coder-1.5B-Instruct', 'apache-2.0')}
 
 # %% ../../nbs/machine/06d_names.ipynb #d1427f9f
 def resolve(
@@ -243,6 +245,15 @@ def base_name(
     if model in _SHIPPED or not Path(model).exists(): return str(model)
     root = folder.parent.parent if folder.parent.name=='models' else folder.parent
     return os.path.relpath(p, folder) if p.is_relative_to(root) else str(p)
+
+# %% ../../nbs/machine/06d_names.ipynb #73685395
+def origin(
+    model:str, # A base's name, as in an adapter's record
+)->tuple: # (hub id, licence as the hub spells it); None where unknown
+    "Where a base was published, and under which licence"
+    if model in _SHIPPED: return _ORIGINS[_SHIPPED[model][0]]
+    on_hub = model.count('/')==1 and not model.startswith('.') and not Path(model).is_absolute()
+    return model if on_hub else None, 'gemma' if 'gemma' in model.lower() else None
 
 # %% ../../nbs/machine/06d_names.ipynb #c45ceebf
 def measured_in(

@@ -6,7 +6,7 @@
 __all__ = ['lora', 'trainer_args', 'train_record', 'step_bar', 'completion_logits_only', 'shared_dataset', 'run_trainer',
            'to_float16', 'model_card']
 
-# %% ../../nbs/machine/19_trainer.ipynb #0c83926c
+# %% ../../nbs/machine/19_trainer.ipynb #8576edc5
 import math, os, shutil, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from .checkpoints import (begin, clear_checkpoints, course_key, course_of, epoch
                                            steps_done)
 from .files import BadInput, read_json, read_jsonl, write_json, write_jsonl, write_text
 from .hub import split_revision
-from .names import base_name
+from .names import base_name, origin
 from .processes import barrier, n_ranks, on_first, rank, sharded
 from .textmodel import TextModel, progress_bar
 from .training_settings import TrainSettings, batch_shares, training_steps
@@ -154,7 +154,7 @@ def _store(trainer, out, llm, weights, log, half):
         os.replace(p, out/p.name)
     return base
 
-# %% ../../nbs/machine/19_trainer.ipynb #6a7ae6f3
+# %% ../../nbs/machine/19_trainer.ipynb #f05b888b
 def run_trainer(
     trainer, # A TRL trainer whose `output_dir` is `out/checkpoints`
     out:Path, # The model's folder
@@ -163,7 +163,7 @@ def run_trainer(
     record:dict, # What goes into `run.json`; `settings` of `train_record` among it
     resume:bool=True, # Continue from a checkpoint of the same training, if there is one?
     progress:str='', # Label of a progress bar; empty: none
-    half:bool=False, # Store the weights in float16?
+    half:bool=False, # Store the weights in float16? Those for a model in 16 bits always are
 )->list: # Logged rows, one a step
     "Train, then store the adapter, its log and its record"
     from transformers import PrinterCallback
@@ -183,7 +183,7 @@ def run_trainer(
     # with sharded weights every process gives its part
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
     if rank()==0:
-        base = _store(trainer, out, llm, weights, log, half)
+        base = _store(trainer, out, llm, weights, log, half or llm.model.dtype.itemsize==2)
         if settings.keep_state: keep_state(out, course)
         else: shutil.rmtree(out/'state', ignore_errors=True)  # it belongs to another adapter now
         ran = dict(base=base, steps=steps, seconds=round(time.time()-t, 1), training_key=key)
@@ -205,7 +205,7 @@ def to_float16(
     os.replace(new, f)
     return f.stat().st_size
 
-# %% ../../nbs/machine/19_trainer.ipynb #2db66c5d
+# %% ../../nbs/machine/19_trainer.ipynb #349c0921
 _TERMS = ('\n\n## Licence\n\nDerived from Gemma. Gemma is provided under and subject to the Gemma Terms of Use '
           'found at ai.google.dev/gemma/terms.')
 
@@ -218,15 +218,13 @@ def model_card(
     r = read_json(Path(out)/'run.json')
     rows = {**r['settings'], 'steps': r['steps'], 'seconds': r['seconds']}
     table = '\n'.join(f'| {k} | {v} |' for k,v in rows.items())
-    gemma = 'embedded' in r['base'] or 'gemma' in r['base'].lower()
-    base = 'google/gemma-3-270m' if 'embedded' in r['base'] else r['base']
     local = r['base'].startswith('.') or Path(r['base']).is_absolute()
-    on_hub = base.count('/')==1 and not local
-    head = ['library_name: peft', *[f'base_model: {base}']*on_hub, *['license: gemma']*gemma]
+    base, licence = origin(r['base'])
+    head = ['library_name: peft', base and f'base_model: {base}', licence and f'license: {licence}']
     shown = Path(r["base"]).name if local else r["base"]
     about = (f'A LoRA adapter for `{shown}`, trained with {r["method"].upper()} by '
              '[selfalign](https://github.com/selfalign/selfalign).')
     use = f'```python\nfrom selfalign.llm import load\nllm = load("models/{Path(out).name}")\n```'
-    parts = ['---\n'+'\n'.join(head)+'\n---', f'# {title}', about, use, body, '## Training',
+    parts = ['---\n'+'\n'.join(x for x in head if x)+'\n---', f'# {title}', about, use, body, '## Training',
              f'| setting | value |\n|---|---|\n{table}']
-    return write_text(Path(out)/'README.md', '\n\n'.join(p for p in parts if p)+_TERMS*gemma+'\n')
+    return write_text(Path(out)/'README.md', '\n\n'.join(p for p in parts if p)+_TERMS*(licence=='gemma')+'\n')
