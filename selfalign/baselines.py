@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Baseline', 'baselines_of', 'best_of', 'baseline_row', 'baselines', 'baselines_table', 'plot_baselines']
 
-# %% ../nbs/loop/19b_baselines.ipynb #b2629fe5
+# %% ../nbs/loop/19b_baselines.ipynb #8004a7af
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from .machine.files import BadInput, nearest, read_jsonl, write_json
 from .machine.statistics import interval_text, mean_or_none

@@ -63,7 +63,7 @@ def diversity(
 # %% ../nbs/loop/05_candidates.ipynb #2828f6a6
 def _row(c): return dict(completion=c.text, n_tokens=c.n_tokens, finished=c.finished)
 
-# %% ../nbs/loop/05_candidates.ipynb #a97bfb10
+# %% ../nbs/loop/05_candidates.ipynb #aa60d616
 def sample(
     rows:list, # Instructions: `prompt_id`, `prompt`
     llm, # `LLM` or `Server`
@@ -82,13 +82,14 @@ def sample(
     keys = {p: [row_key(common[s], p, k) for k,s in enumerate(systems)] for p in {r['prompt']: 1 for r in rows}}
     with Rows(out, (key for ks in keys.values() for key in ks)) as made:
         say_reused(progress, made, len(keys)*n, 'answers')
-        for s in common:
+        def write(s):
             ks = [k for k in range(n) if systems[k]==s]
             mine = my_part([p for p in keys if any(keys[p][k] not in made for k in ks)])
             have = {(i, k) for i,p in enumerate(mine) for k in range(n) if k not in ks or keys[p][k] in made}
             def done(batch): made.add({keys[mine[i]][k]: _row(c) for i,k,c in batch})
             llm.generate([llm.render(p, s) for p in mine], n, sampling, seed, batch_size,
                          progress if rank()==0 else '', on_batch=done, have=have)
+        for s in common: write(s)
         made.gather()
         return made.write([dict(prompt_id=r['prompt_id'], sample=k, prompt=r['prompt'], **made[key],
                                 model=label or llm.name, seed=seed)
