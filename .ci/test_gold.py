@@ -10,7 +10,7 @@ from selfalign.machine.files import BadInput, read_jsonl, repo_file, write_jsonl
 from selfalign.machine.messages import SHIPPED, load_messages
 from selfalign.replies import load_replies
 from selfalign.style import load_style
-from selfalign.truth import both_kinds, choose_consensus, marked, natural_errors, praised, right_above_wrong
+from selfalign.truth import both_kinds, choose_voices, marked, natural_errors, praised, right_above_wrong
 
 
 @pytest.fixture(scope='module')
@@ -149,7 +149,18 @@ def test_the_share_follows_the_voice_that_knows(knows, share):
     graded = [r for p in 'abcdef' for r in marked(rows(['yes', 'no', 'no'], p), [dict(prompt_id=p, gold=['yes'])])]
     other = 'consensus' if knows=='score' else 'score'
     graded = [{**r, knows: 2.+2*r['right'], other: 5.-4*r['right']} for r in graded]
-    assert choose_consensus(graded)[0] in ((0., .25) if share==0 else (.75, 1.))
+    found = choose_voices(graded, {'a': [r['score'] for r in graded]})
+    assert found[:2] in ([('a', 0.)] if share==0 else [('a', .75), ('a', 1.)])
+
+
+def test_a_voice_that_does_harm_is_left_out_and_the_style_keeps_what_costs_no_truth():
+    graded = [r for p in 'abcdef' for r in marked(rows(['yes', 'no', 'no'], p), [dict(prompt_id=p, gold=['yes'])])]
+    graded = [{**r, 'consensus': 2.+2*r['right']} for r in graded]
+    harm, good, none = ([3.+s*r['right'] for r in graded] for s in (-1, 1, 0))
+    assert choose_voices(graded, dict(both=harm, digits=good))[:2]==('digits', 0.)
+    assert choose_voices(graded, dict(both=good, digits=good))[:2]==('both', 0.)  # where nothing speaks against it
+    assert choose_voices(graded, dict(both=harm, digits=none))[:2]==('digits', .25)
+    assert choose_voices([{**r, 'right': 1} for r in graded], dict(both=harm, digits=good))[:2]==('both', 0.)
 
 
 def test_held_out_questions_choose_nothing(tmp_path, monkeypatch):

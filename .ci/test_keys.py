@@ -87,7 +87,7 @@ def another(k, v):
 reads = {  # by hand, not from STEPS: which steps a setting is an input of
     'data': 'data limit min_chars max_chars test_share near_duplicate seed',
     'candidates': 'samples hinted_samples temperature top_k top_p repetition_penalty max_new_tokens seed style model device dtype server',
-    'judge': 'judge judge_model calibrate criteria_weights style model device dtype server',
+    'judge': 'judge judge_model calibrate criteria_weights require_pmi style model device dtype server',
     'pairs': 'margin strategy pairs_per_prompt length_gap require_pmi max_length_ratio',
     'dpo': 'learning_rate lr_scheduler_type schedule_epochs epochs max_steps train_batch micro_batch lora_r lora_alpha max_length beta loss_type ld_alpha sft_weight label_smoothing bits '
            'seed style model device dtype',
@@ -109,6 +109,14 @@ def test_another_value_repeats_the_steps_that_read_it(here, k):
 
 
 def test_fewer_prompts_are_fewer_candidates(here): assert run(n_prompts=6).plan()=={'candidates': 2, 'judge': 1, 'pairs': 1, 'dpo': 1, 'answer': 1, 'evaluate': 1}
+
+
+def test_some_candidates_are_written_with_a_hint(here):
+    def texts(): return [json.loads(l)['completion'] for l in open('data/r/candidates.jsonl', encoding='utf-8')]
+    plain, r = texts(), run(hinted_samples=1)
+    for s in ('data', 'candidates'): quietly(r.step, s)
+    hinted = texts()
+    assert len(hinted)==len(plain) and all((a==b)==(i%4<3) for i,(a,b) in enumerate(zip(plain, hinted)))  # the last of four
 
 
 def test_the_plan_is_what_is_done(here):

@@ -7,7 +7,7 @@ __all__ = ['MIX_SHARES', 'audit_data', 'corrupted_rows', 'score_corrupted', 'cor
            'choose_mode', 'audit', 'chosen_on', 'other_style', 'audit_misfit', 'trained_corruptions', 'trained_style',
            'training_misfit', 'find_audit', 'audit_table', 'plot_audit', 'plot_trust']
 
-# %% ../nbs/loop/09_audit.ipynb #ffb1973e
+# %% ../nbs/loop/09_audit.ipynb #6b81c07f
 import random
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .machine.textmodel import progress_bar
 from .machine.names import measured_in, resolve
 from .instructions import load_instructions
 from .replies import good_replies, load_replies, reply_pairs
-from .judge import combine, methods, score_rows
+from .judge import combine, kept_scores, methods, score_rows
 from .corruptions import CORRUPTIONS, GROUPS, TRAINED, aimed, corrupt, grade_moves
 from .agreement import agreement, agreement_summary, reply_rows
 
@@ -179,7 +179,7 @@ def _check_apart(answers, pairs, chooses):
     both = next((r for r in chooses if r.get('prompt_id') in said or r['prompt'] in said), None)
     if both: raise BadInput(f'audit: {both["prompt"][:60]!r} is to be chosen on and reported on; they must differ')
 
-# %% ../nbs/loop/09_audit.ipynb #0561ad9a
+# %% ../nbs/loop/09_audit.ipynb #08d6e7c9
 def audit(
     llm, # The judge
     answers:list, # Good answers: rows with `prompt` and `completion`
@@ -191,6 +191,7 @@ def audit(
     seed:int=0, # Of the corruptions
     progress:str='', # Label of a progress bar
     chooses:list=(), # Good answers to other, training instructions; without any, every share stays one half
+    keep:Path=None, # Raw scores are stored beside this file, so that an interrupted audit goes on; None: nowhere
 )->dict: # `corruption_test`; `judge`, `style`, `findings`, `people` or `author`, `reported`, `mix`, how it was `chosen`
     "What a judge detects, and how far it agrees with whoever ranked the pairs"
     if len(answers)<2: raise BadInput(f'{len(answers)} answers: an audit needs at least 2')
@@ -198,8 +199,11 @@ def audit(
     _check_apart(answers, pairs, chooses)
     parts = [corrupted_rows(chooses, style, TRAINED, seed), corrupted_rows(answers, style, None, seed),
              reply_rows(pairs or [])]
-    with progress_bar(sum(map(len, parts))*len(methods(mode, style)), progress, 'grade') as bar:
-        found, scored, replies = [rows and score_rows(llm, rows, mode, style, on_done=bar.update) for rows in parts]
+    with progress_bar(sum(map(len, parts))*len(methods(mode, style)), '' if keep else progress, 'grade') as bar:
+        def score(rows):
+            if keep: return kept_scores(llm, rows, mode, style, keep, progress)
+            return score_rows(llm, rows, mode, style, on_done=bar.update)
+        found, scored, replies = [rows and score(rows) for rows in parts]
     mix, chosen = _chosen(found, style, chooses) if chooses else (None, None)
     def test(m):
         res = corruption_test(scored, style, m, trained, mix=mix)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DIGITS', 'MODES', 'ALONE', 'judge_prompts', 'expected_score', 'digit_probs', 'content_free_probs', 'calibrated',
            'digit_scores', 'methods', 'score_rows', 'mean_score', 'add_consensus', 'without_consensus', 'combine',
-           'grade_rows', 'JudgeSettings', 'check_weights', 'grade']
+           'grade_rows', 'JudgeSettings', 'check_weights', 'counted', 'kept_scores', 'grade']
 
-# %% ../nbs/loop/07_judge.ipynb #c1013ace
+# %% ../nbs/loop/07_judge.ipynb #960bf527
 import math, sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
 
@@ -285,7 +285,49 @@ def _fill_missing(llm, rows, keys, made, style, chunk, progress):
             if trouble and not found: stopped.add(method)
     if trouble: raise trouble
 
-# %% ../nbs/loop/07_judge.ipynb #18fd5348
+# %% ../nbs/loop/07_judge.ipynb #644e95c7
+def counted(
+    mode:str, # One of `MODES`
+    style:Style, # Of `load_style`
+    mix:dict=None, # As in `combine`
+)->list: # Some of `methods`
+    "The methods that count in a mix"
+    shares = [(mix or {}).get(c, .5) if c in style.measures else 1 for c in style.criteria]
+    used = {'digits': any(s>0 for s in shares), 'likelihood': any(s<1 for s in shares)}
+    return [m for m in methods(mode, style) if mode!='mix' or used[m]]
+
+# %% ../nbs/loop/07_judge.ipynb #d9ba6ac7
+@contextmanager
+def _kept(llm, rows, mode, style, out, needed=None):
+    "The stored raw scores of rows, and the keys by method"
+    keys = {m: _raw_keys(llm, style.as_read(rows), m, style) for m in needed or methods(mode, style)}
+    with Rows(out, {k for ks in keys.values() for k in ks if k}) as made: yield made, keys
+
+def _stored(llm, rows, keys, made, style, calibrate, chunk, progress):
+    "The grades of each row by every method, from raw scores that are stored or computed now"
+    say_reused(progress, made, len(made.wanted), 'grades')
+    _fill_missing(llm, rows, keys, made, style, chunk, progress)
+    made.gather()
+    prior = content_free_probs(llm, style) if calibrate and 'digits' in keys else None
+    def own(i): return {m: made[ks[i]][m] for m,ks in keys.items() if ks[i]}
+    return [_grades(own(i), style, prior) for i in range(len(rows))]
+
+# %% ../nbs/loop/07_judge.ipynb #4fbad922
+def kept_scores(
+    llm:LLM, # The judge
+    rows:list, # Rows with `prompt` and `completion`
+    mode:str, # One of `MODES`
+    style:Style, # Of `load_style`
+    out:Path, # Raw scores are stored beside this file as they come
+    progress:str='', # Label of the progress bar; empty: none
+    chunk:int=64, # Rows between two saves
+)->list: # As `score_rows`
+    "`score_rows` for many rows: what is stored is not computed again"
+    with _kept(llm, rows, mode, style, out) as (made, keys):
+        found = _stored(llm, rows, keys, made, style, False, chunk, progress)
+    return [{**r, **f, 'consensus': c} for r,f,c in zip(rows, found, _agreed(rows, mode, style))]
+
+# %% ../nbs/loop/07_judge.ipynb #dee8f8ad
 def grade(
     rows:list, # Candidate rows
     llm:LLM, # The judge
@@ -296,17 +338,12 @@ def grade(
     chunk:int=64, # Rows between two saves
     progress:str='', # Label of the progress bar; empty: none
     among:list=None, # Rows that the consensus compares with; `rows` unless given
+    sparing:bool=False, # Leave out what does not count in the mix? Then there may be no `features`
 )->list: # Score rows, in the order of `rows`
     "Grade every candidate and write `scores.jsonl`; a raw score that is stored is not computed again"
     mode, weights = settings.judge, check_weights(settings.criteria_weights, style)
-    keys = {m: _raw_keys(llm, style.as_read(rows), m, style) for m in methods(mode, style)}
-    wanted = {k for ks in keys.values() for k in ks if k}
-    with Rows(out, wanted) as made:
-        say_reused(progress, made, len(wanted), 'grades')
-        _fill_missing(llm, rows, keys, made, style, chunk, progress)
-        made.gather()
-        prior = content_free_probs(llm, style) if settings.calibrate and 'digits' in keys else None
-        def own(i): return {m: made[ks[i]][m] for m,ks in keys.items() if ks[i]}
-        found = [{**_grades(own(i), style, prior), 'consensus': c}
-                 for i,c in enumerate(_agreed(rows, mode, style, among))]
-        return made.write([_score_row(r, f, llm, mode, style, mix, weights) for r,f in zip(rows, found)])
+    needed = counted(mode, style, mix) if sparing else None
+    with _kept(llm, rows, mode, style, out, needed) as (made, keys):
+        found = _stored(llm, rows, keys, made, style, settings.calibrate, chunk, progress)
+        told = zip(rows, found, _agreed(rows, mode, style, among))
+        return made.write([_score_row(r, {**f, 'consensus': c}, llm, mode, style, mix, weights) for r,f,c in told])

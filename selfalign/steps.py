@@ -88,7 +88,7 @@ def _doubts(run):
     unknown = f'nobody has audited this judge ({r.judge}); {how} says how far it can be trusted'
     return [t for t in (trained, misfit) if t]+[unknown]
 
-# %% ../nbs/loop/17_steps.ipynb #eff29363
+# %% ../nbs/loop/17_steps.ipynb #7cb04d05
 def _do_judge(run):
     "Grade the candidates; warn where the judge's audit says not to trust it"
     rows = read_jsonl(run.data/'candidates.jsonl', ('prompt_id', 'prompt', 'completion'))
@@ -96,8 +96,8 @@ def _do_judge(run):
     for s in warned: say(f'            warning: {s}')
     before, mix = llm.n_truncated, run.mix()
     chunk = 4*run.r.concurrency if llm is run.remote else 64 # enough to keep a server busy
-    out = grade(rows, llm, run.data/'scores.jsonl', run.style, run.r.part(JudgeSettings), mix, chunk=chunk,
-                progress='judge')
+    out = grade(rows, llm, run.data/'scores.jsonl', run.style, run.r.part(JudgeSettings), mix, chunk, 'judge',
+                sparing=not run.r.require_pmi)
     n, cut = sum(r['score'] is None for r in out), llm.n_truncated-before
     if n: say(f'            {n} of {len(out)} answers got no grade; they are not used')
     if cut: say(f'            {cut} texts were longer than the model\'s window and lost their middle')
@@ -236,14 +236,14 @@ _adapter = ('models/adapter_model.safetensors', 'models/adapter_config.json')
 _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tokenizer*', 'special_tokens_map.json',
                  'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state'))
 
-# %% ../nbs/loop/17_steps.ipynb #1e1919fd
+# %% ../nbs/loop/17_steps.ipynb #69645cfc
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
                  ('lang', 'script', 'min_share', 'foreign_letters'), source=True),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
                        ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system', 'hints'),
                        ('model',), train_rows, parted=True),
-    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), _grading, _judged,
+    'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), (*_grading, 'require_pmi'), _judged,
                   ('judge_model',), parted=True),
     'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings),
                   ('lang', 'script', 'asks_for_grade'),

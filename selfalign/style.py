@@ -191,7 +191,7 @@ def load_style(
     known = isinstance(code, str) and re.fullmatch(_code, code)
     return checked(Style, _over(_language(code, given, where) if known else {}, given), where)
 
-# %% ../nbs/loop/04_style.ipynb #1292d015
+# %% ../nbs/loop/04_style.ipynb #c5dc9ae3
 @patch
 def asked(self:Style,
     hint:int=None, # Which of `hints`; None: without
@@ -199,7 +199,7 @@ def asked(self:Style,
     "What is said before every instruction; `BadInput` where there is no such hint"
     if hint is None: return self.system
     if hint<len(self.hints): return f'{self.system} {self.hints[hint]}'.strip()
-    raise BadInput(f'style {self.name} has {len(self.hints)} hints, and the {hint+1}. is wanted; add it to the style')
+    raise BadInput(f'style {self.name}: hint {hint+1} is wanted, but hints has {len(self.hints)}; add it to the style')
 
 # %% ../nbs/loop/04_style.ipynb #42050b09
 @patch

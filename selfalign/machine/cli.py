@@ -51,11 +51,12 @@ def usage()->str:
                       f'recipes: {names("recipes")}, or a YAML file', f'styles:  {names("styles")}, or a YAML file', '',
                       '--debug, anywhere on the line, shows the traceback of an error (also: SELFALIGN_DEBUG=1)'])
 
-# %% ../../nbs/machine/22_cli.ipynb #9cdd1ea9
+# %% ../../nbs/machine/22_cli.ipynb #c8329fb8
 _parted = ('run', 'sft', 'data', 'candidates', 'judge', 'pairs', 'dpo', 'reference', 'answer',
            'evaluate') # what several processes can do together
 _resumed = ('dpo', 'sft') # go on from a checkpoint if they are told to
 _at_once = ('recipes', 'styles', 'audit', 'compare', 'bench', 'merge', 'ask', 'chat') # keep nothing to go on from
+                                                                                      # (audit does with --out)
 
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb
 def _parser(name):
@@ -114,7 +115,7 @@ def _terminable():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/machine/22_cli.ipynb #cd64ceff
+# %% ../../nbs/machine/22_cli.ipynb #4b60a03e
 def _unread():
     "Has the reader of standard output closed it?"
     import select
@@ -148,7 +149,8 @@ def _lacks(e):
 
 def _goes_on(argv):
     "How an interrupted command is continued"
-    if not argv or argv[0] not in ABOUT or argv[0] in _at_once: return ''
+    keeps = argv[:1]==['audit'] and any(a.startswith('--out') for a in argv)
+    if not argv or argv[0] not in ABOUT or (argv[0] in _at_once and not keeps): return ''
     return f'; the same command{" with --resume" if argv[0] in _resumed else ""} goes on from here'
 
 def _reading(e, argv):

@@ -74,7 +74,7 @@ def cmd_curve(
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
     learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
 
-# %% ../../nbs/machine/21_commands.ipynb #254b898c
+# %% ../../nbs/machine/21_commands.ipynb #dc8e7f8b
 def cmd_audit(
     model:str='embedded', # The judge: embedded, a hub id, a folder, a .gguf file
     adapter:str=None, # Adapter to put on top
@@ -86,6 +86,7 @@ def cmd_audit(
     limit:whole(1)=40, # How many held-out answers to corrupt, at most, and as many training ones to choose on
     samples:whole(0)=0, # Answer questions with gold answers so often: right against wrong, the share of consensus
     gold:str='', # Source of these questions; that of the answers unless given
+    questions:whole(0)=0, # At most so many of them held out, and so many to choose on; 0: all
     seed:SEED=0, # Of the corruptions, and of which answers
     out:str=None, # File to write the audit to: a run looks for data/RUN/audit.json, and beside its judge's adapter
     json:store_true=False, # Print the whole audit as JSON and nothing else
@@ -99,14 +100,16 @@ def cmd_audit(
     scale, said = load_style(style), '' if json else 'audit'
     given, rated = pairs and read_pairs(pairs)[0], scores and check_enough(read_scores(scores), scores)
     good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
-    asked = truth_questions(gold or data, scale, mode) if samples and not rated else []
+    asked = truth_questions(gold or data, scale, mode, questions) if samples and not rated else []
     if server and adapter:
         raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign merge {model} FOLDER '
                        f'--adapter {adapter}`, and serve that')
     llm = _server(server, model, served) if server else load(model, adapter, device, dtype)
     if given: ranked, by = given, 'people'
     if rated: res = audit_scores(llm, rated, scale, known_mix(adapter or model, llm, scale), out, said)
-    else: res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed, said, chooses)
+    else:
+        keep = out and Path(out).with_suffix('.samples')/'corrupted.jsonl'
+        res = audit(llm, good, scale, mode, trained_corruptions(model, adapter), ranked, by, seed, said, chooses, keep)
     if asked: res = add_truth(res, llm, asked, gold or data, scale, samples, seed, out, said)
     res.update(dict(served=llm.name) if server else dict(model=model_key(adapter or model)))
     if out: write_json(out, res)
