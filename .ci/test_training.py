@@ -487,3 +487,22 @@ def test_an_adapter_names_its_base_relative_to_itself(models, trained, gemma, tm
     assert not [f for f in (tmp_path/'a/models').rglob('*') if f.is_file() and str(tmp_path).encode() in f.read_bytes()]
     shutil.move(tmp_path/'a', tmp_path/'b')
     assert load(str(tmp_path/'b/models/x'), device='cpu')
+
+
+def test_the_recipe_for_gemma_2_runs_on_its_architecture(tmp_path, monkeypatch):
+    "All its settings but the sizes; a template without a system role, soft-capping, a sliding window"
+    import json
+    from selfalign.instructions import load_instructions
+    from selfalign.machine.files import read_json, read_jsonl
+    from selfalign.machine.tiny import tiny
+    from selfalign.recipe import read_recipe
+    from selfalign.run import Run, run_all
+    monkeypatch.chdir(tmp_path)
+    tiny('tiny', digits=.5)
+    rows = [dict(id=f'p{i}', prompt=r['prompt']) for i,r in enumerate(load_instructions('embedded')[0][:30])]
+    (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
+    run = run_all(Run(read_recipe('gemma-2-2b-it', model='tiny', data='q.jsonl', n_prompts=10, n_test=4, max_new_tokens=80, max_length=500, train_batch=4, margin=0)))
+    said = read_jsonl(run.data/'candidates.jsonl')
+    assert len(said)==80 and len({(r['prompt_id'], r['completion']) for r in said})>40
+    assert read_json(run.data/'evaluation.json')['n']==4 and len(read_jsonl(run.data/'answers.jsonl'))==16
+    assert read_json(run.models/'run.json')['settings']['sft_weight']==1

@@ -76,7 +76,7 @@ def baseline_row(
                 difference={k: d[k] for k in ('finished', 'in_script', 'gold', 'score')},
                 judges={j: _verdict(e) for j,e in evs.items()}, warnings=red_flags(ev, rows, style))
 
-# %% ../nbs/loop/19b_baselines.ipynb #6b628588
+# %% ../nbs/loop/19b_baselines.ipynb #b96881bd
 def _slug(name): return re.sub(r'\W+', '_', name).lower()
 
 def _reuse(run, file, new):
@@ -91,7 +91,7 @@ def _candidates(run, folder):
     rows = sample(test_rows(run), run.model(), folder/'candidates.jsonl', n, answer_sampling(r), run.style.system,
                   r.seed, r.batch_size, 'best of n')
     return grade(rows, run.judge(), folder/'scores.jsonl', run.style, r.part(JudgeSettings), run.mix(),
-                 progress='best of n: grades')
+                 progress='best of n: grades', sparing=True)
 
 # %% ../nbs/loop/19b_baselines.ipynb #76a0f629
 def _trained(run, name, b, make):
@@ -116,14 +116,14 @@ def _answers(run, name, b, make, folder):
     if b.trained is not None: run.release()
     return rows
 
-# %% ../nbs/loop/19b_baselines.ipynb #3c6bfaf5
+# %% ../nbs/loop/19b_baselines.ipynb #70900400
 def _graded(run, rows, folder):
     "All answers as the run's judge grades them, and the second judge: {judge: rows}"
     r, style, reference = run.r, run.style, [x for x in rows if x['model']=='as it is']
     mix = held_out_mix(run.mix(), reference)
     _reuse(run, 'answers_graded', folder/'graded.rows.jsonl')
     own = grade(rows, run.judge(), folder/'graded.jsonl', style, r.part(JudgeSettings), mix, progress='baselines',
-                among=reference)
+                among=reference, sparing=True)
     res = {f'{r.judge_name}:{r.judge}': own}
     if not r.second_judge: return res
     _reuse(run, 'answers_second', folder/'second.rows.jsonl')

@@ -287,7 +287,7 @@ def second_verdict(
     keys = ('n', 'win_rate', 'win_rate_ci', 'ties', 'ungraded', 'lc_win_rate', 'lc_win_rate_ci', 'lc')
     return dict(judge=f'{second.name}:likelihood', **{k: other[k] for k in keys})
 
-# %% ../nbs/loop/14_evaluate.ipynb #c18fd220
+# %% ../nbs/loop/14_evaluate.ipynb #40d6d71b
 def evaluate(
     rows:list, # Of `answers.jsonl`: both models' answers
     judge:LLM, # The frozen judge: the reference model
@@ -299,12 +299,13 @@ def evaluate(
     second:dict=None, # Of `second_verdict`; asked before, so that the two judges need not be in memory together
     progress:str='', # Label of the progress bars
 )->dict: # As `compare`, with `warnings`, `judge` and, if there is a second judge, its verdict as `second`
-    "Grade and compare both models' held-out answers, write the report"
+    "Grade and compare both models' held-out answers, write the report; PMI where the mix has a share of likelihood"
     import matplotlib.pyplot as plt
     folder = Path(folder)
     reference = by_model(rows)[0]
     mix = held_out_mix(mix, reference)
-    graded = grade(rows, judge, folder/'answers_graded.jsonl', style, settings, mix, progress=progress, among=reference)
+    graded = grade(rows, judge, folder/'answers_graded.jsonl', style, settings, mix, progress=progress, among=reference,
+                   sparing=True)
     ref, pol = by_model(graded)
     ev = compare(ref, pol, style, {r['prompt_id']: r.get('gold') for r in instructions})
     if second: ev['second'] = second

@@ -95,12 +95,13 @@ def frontier_row(
             **{k: ev[k] for k in ('lc_win_rate', 'lc_win_rate_ci', 'win_rate', 'warnings')},
             'pmi': pmi['mean'], 'pmi_ci': pmi['ci']}
 
-# %% ../nbs/loop/19_results.ipynb #e894691e
+# %% ../nbs/loop/19_results.ipynb #e8e5876b
 def mark_dominated(
     rows:list, # Of `frontier_row`, failed ones among them
-    quality:str='pmi', # What to keep high
+    quality:str='', # What to keep high; PMI unless given, or the length-controlled win rate where there is none
 )->list: # The same rows
     "Add `dominated` to every row that has been evaluated"
+    quality = quality or ('pmi' if any(r.get('pmi') is not None for r in rows) else 'lc_win_rate')
     fit = [r for r in rows if r.get(quality) is not None]
     def place(r): return r['tokens'], -r[quality]
     def better(o, r): return place(o)!=place(r) and all(a<=b for a,b in zip(place(o), place(r)))

@@ -36,7 +36,7 @@ def whole(
 
 SEED = whole(0, 2**32-1)
 
-# %% ../../nbs/machine/20b_run_commands.ipynb #21f3cdd5
+# %% ../../nbs/machine/20b_run_commands.ipynb #c57a82bf
 def given_keys(
     txt:str, # Of `--set`, such as "rounds=2 n_test=128"
     where:str, # Stands before what is wrong
@@ -76,7 +76,7 @@ def _plan_text(run):
     return '\n'.join(f'{s:<11} {why.get(todo.get(s), "finished")}' for s in STEPS)
 
 def cmd_run(
-    recipe:str, # quickstart, brief, gemma-2-2b-it, a YAML file, or the folder data/NAME of a run that was begun
+    recipe:str, # quickstart, brief, instruct, gemma-2-2b-it, a YAML file, or the folder data/NAME of a run
     root:str='.', # Folder in which data/ and models/ are made
     data:str=None, # Instructions: embedded, a hub id, a .csv, .json, .jsonl, .jsonl.gz or .parquet file
     model:str=None, # Model to align: embedded, a hub id, a folder, a .gguf file
@@ -96,8 +96,8 @@ def cmd_run(
     print_summary(run)
     if run.r.rounds>1: say(drift_text(more_rounds(run, make, fresh)))
 
-# %% ../../nbs/machine/20b_run_commands.ipynb #dfb9cfbe
-RECIPE = Param('quickstart, brief, gemma-2-2b-it, or a YAML file', str, opt=False, nargs='?')
+# %% ../../nbs/machine/20b_run_commands.ipynb #a6d5fdcb
+RECIPE = Param('quickstart, brief, instruct, gemma-2-2b-it, or a YAML file', str, opt=False, nargs='?')
 
 def step_command(
     step:str, # Of `STEPS`
