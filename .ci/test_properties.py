@@ -227,13 +227,15 @@ def pairs_are_pairs(case):
     from selfalign.pairs import build_pairs, unfit
     rows, s = case
     pairs, lost = build_pairs(rows, scale('brief-ru'), s, test_share=.5)
-    by = {}
+    by, mutual = {}, s.strategy=='mutual'
     for r in rows: by.setdefault(r['prompt_id'], {}).setdefault(r['completion'].strip(), []).append(r)
     for p in pairs:
-        assert p['chosen']!=p['rejected'] and p['chosen'] and p['rejected']
-        chosen, rejected = by[p['prompt_id']][p['chosen']], by[p['prompt_id']][p['rejected']]
+        assert p['chosen']!=p['rejected'] and p['chosen'] and p['rejected'] and math.isfinite(p['margin'])
+        others = [by[k] for k in by if (k!=p['prompt_id'])==mutual]     # mutual: rejected is an answer to another question
+        chosen, rejected = by[p['prompt_id']][p['chosen']], [r for rs in others for r in rs.get(p['rejected'], [])]
         assert any(unfit(r, scale('brief-ru')) is None and r['finished'] for r in chosen) and any(r['score'] is not None for r in rejected)
-        assert p['margin']>=max(s.margin, 0)-1e-4 and math.isfinite(p['margin'])
+        if mutual: continue
+        assert p['margin']>=max(s.margin, 0)-1e-4
         if s.max_length_ratio: assert len(p['chosen'])<=s.max_length_ratio*len(p['rejected'])
     n = Counter(p['prompt_id'] for p in pairs)
     assert len(n)+sum(lost.values())==len(by) and all(isinstance(k, str) and k for k in lost)

@@ -7,8 +7,8 @@ __all__ = ['STRATEGIES', 'unfit', 'PairSettings', 'candidate_pairs', 'best_worst
            'length_price', 'mutual_pairs', 'build_pairs', 'check_enough', 'write_csv', 'card', 'make_pairs',
            'plot_pairs']
 
-# %% ../nbs/loop/10_pairs.ipynb #df384279
-import csv, io
+# %% ../nbs/loop/10_pairs.ipynb #fa85b219
+import csv, io, math
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .machine.templates import plain_text
 from .candidates import repetition
 from .style import Style
 
-# %% ../nbs/loop/10_pairs.ipynb #7d66cf09
+# %% ../nbs/loop/10_pairs.ipynb #41e65d31
 def unfit(
     r:dict, # Score row
     style:Style, # Its script is the one an answer should be written in
@@ -26,7 +26,7 @@ def unfit(
 )->str: # None if it is fit
     "Why this answer may not be chosen"
     txt = r['completion'].strip()
-    if r.get('score') is None: return 'ungraded'
+    if r.get('score') is None or math.isnan(r['score']): return 'ungraded'
     if not txt: return 'empty'
     if not r['finished']: return 'unfinished'
     if repetition(txt)>most: return 'repeats itself'
