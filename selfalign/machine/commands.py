@@ -6,7 +6,7 @@
 __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd_baselines', 'cmd_compare', 'cmd_qa', 'cmd_bench',
            'cmd_merge', 'cmd_ask', 'cmd_chat']
 
-# %% ../../nbs/machine/21_commands.ipynb #9f79a221
+# %% ../../nbs/machine/21_commands.ipynb #62f77637
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .settings import checked
 from .weights import need_space, save_folder
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
-from ..baselines import baselines, baselines_table, plot_baselines
+from ..baselines import baselines, baselines_text, plot_baselines
 from ..evaluate import by_model, compare, table, verdict
 from ..gold import bert_f1, gold_questions
 from ..inference import answers, chat, stream
@@ -74,7 +74,7 @@ def cmd_curve(
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
     learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
 
-# %% ../../nbs/machine/21_commands.ipynb #dc8e7f8b
+# %% ../../nbs/machine/21_commands.ipynb #e4735086
 def cmd_audit(
     model:str='embedded', # The judge: embedded, a hub id, a folder, a .gguf file
     adapter:str=None, # Adapter to put on top
@@ -96,7 +96,7 @@ def cmd_audit(
     served:str='', # The name the server gives it; the one it serves unless given
 ):
     "How far can a judge be trusted? Corrupted answers, and people's verdicts"
-    if pairs and scores: raise BadInput('audit: --pairs and --scores are two audits; give one of them')
+    _check_parts(scores, pairs=pairs, samples=samples, gold=gold, questions=questions)
     scale, said = load_style(style), '' if json else 'audit'
     given, rated = pairs and read_pairs(pairs)[0], scores and check_enough(read_scores(scores), scores)
     good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
@@ -116,13 +116,21 @@ def cmd_audit(
     print(_json(res) if json else scores_text(res) if rated else audit_text(res))
     if asked and not json: print(truth_text(res['truth']))
 
+def _check_parts(scores, **parts):
+    "`BadInput` for options that another one makes useless"
+    given = [f'--{k}' for k,v in parts.items() if v]
+    asked = [k for k in given if k in ('--gold', '--questions')]
+    if scores and given: raise BadInput(f'audit: --scores is an audit of its own; leave out {" and ".join(given)}')
+    if asked and not parts['samples']:
+        raise BadInput(f'audit: give --samples with {" and ".join(asked)}: so many answers to each question, such as 8')
+
 def _server(url, model, served='', **kw):
     from selfalign.machine.server import Server
     return Server(url, model, served, **kw)
 
 def _json(o): return json.dumps(o, ensure_ascii=False)
 
-# %% ../../nbs/machine/21_commands.ipynb #b3a5ab66
+# %% ../../nbs/machine/21_commands.ipynb #ee72f708
 def cmd_frontier(
     recipe:RECIPE='quickstart',
     grid:str='loss_type=sigmoid,ipo beta=.1,.5 learning_rate=1e-4,2.5e-4 length_gap=,0', # Keys and the values to try
@@ -145,7 +153,7 @@ def cmd_baselines(
     over = given_keys(set, recipe, limit=limit)
     def make(**kw): return run_of(recipe, root, {**over, **kw})
     rows = baselines(make(), make, only)
-    print(baselines_table(rows).T.to_string())
+    print(baselines_text(rows))
     fig, out = plot_baselines(rows), make().data/'baselines.png'
     fig.savefig(out, dpi=110)
     say(f'every number with its interval: {out.with_suffix(".json")}; drawn in {out.name}')
@@ -188,7 +196,7 @@ def cmd_compare(
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
         print(_json(people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)))
 
-# %% ../../nbs/machine/21_commands.ipynb #aa573049
+# %% ../../nbs/machine/21_commands.ipynb #a21a01f5
 def cmd_qa(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
     data:str='embedded', # Questions with gold answers: embedded, embedded-gold, kuznetsoffandrey/sberquad, or a file
@@ -215,9 +223,10 @@ def cmd_qa(
         scores = bert_f1([r['completion'] for r in rs], [gold[r['prompt_id']] for r in rs], bert, run.r.device or None)
         for r,b in zip(rs, scores): r['bert'] = b
     ev = compare(*both, run.style, gold)
-    write_json(run.models/'qa.json', {'data': data, 'bert': bert, **ev})
+    out = run.models/('qa.json' if data=='embedded' else f'qa_{Path(data).stem}.json')
+    write_json(out, {'data': Path(data).name if Path(data).exists() else data, 'bert': bert, **ev})
     print(table(ev, run.style).to_string())
-    say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {run.models/"qa.json"}')
+    say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {out}')
 
 def cmd_bench(
     topic:Param('What to measure: sampling, grading, training, startup, scale; all unless given', str, nargs='*',
