@@ -88,7 +88,7 @@ def beside(
     return {j: dict(_verdict(e), shorter=e['shorter'], difference={k: e['difference'][k] for k in ('finished', 'gold')})
             for j,e in evs.items()}
 
-# %% ../nbs/loop/19b_baselines.ipynb #b96881bd
+# %% ../nbs/loop/19b_baselines.ipynb #2003e837
 def _slug(name): return re.sub(r'\W+', '_', name).lower()
 
 def _reuse(run, file, new):
@@ -100,10 +100,11 @@ def _candidates(run, folder):
     "Graded candidates of the held-out instructions: eight, or as many as the best of four needs"
     r, n = run.r, max(8, 4*run.r.answer_samples)
     _reuse(run, 'answers_reference', folder/'candidates.rows.jsonl')
+    _reuse(run, 'answers_graded', folder/'graded.rows.jsonl')
     rows = sample(test_rows(run), run.model(), folder/'candidates.jsonl', n, answer_sampling(r), run.style.system,
                   r.seed, r.batch_size, 'best of n')
-    return grade(rows, run.judge(), folder/'scores.jsonl', run.style, r.part(JudgeSettings), run.mix(),
-                 progress='best of n: grades', sparing=True)
+    return grade(rows, run.judge(), folder/'graded.jsonl', run.style, r.part(JudgeSettings), run.mix(),
+                 progress='best of n: grades', sparing=True) # raw grades are kept for the comparison
 
 # %% ../nbs/loop/19b_baselines.ipynb #76a0f629
 def _trained(run, name, b, make):
