@@ -217,7 +217,7 @@ def baselines_text(
     more = '' if mine.empty else f'\n\nThe run beside each way\n{mine.T.to_string()}'
     return f'{baselines_table(rows).T.to_string()}{more}'
 
-# %% ../nbs/loop/19b_baselines.ipynb #609ee423
+# %% ../nbs/loop/19b_baselines.ipynb #b253f55f
 def plot_baselines(
     rows:list, # Of `baselines`
 ): # The figure
@@ -225,11 +225,13 @@ def plot_baselines(
     import matplotlib.pyplot as plt
     fit = [r for r in rows if 'failed' not in r]
     judges = list(fit[0]['judges'])
-    fig, axs = plt.subplots(1, len(judges), figsize=(5.6*len(judges), 4.4), squeeze=False, sharex=True)
+    fig, axs = plt.subplots(1, len(judges), figsize=(5.6*len(judges), 4.4), squeeze=False, sharex=True,
+                            sharey=True)
     for ax,j in zip(axs[0], judges):
         for i,r in enumerate(fit): _way(ax, i, r, r['judges'][j]['win_rate'])
         ax.axhline(.5, ls=':', c='gray')
-        ax.set(title=f'judged by {j}', xlabel='tokens of an answer', ylabel='win rate against the model as it is')
+        ax.set(title=f'judged by {j}', xlabel='tokens of an answer')
+    axs[0, 0].set_ylabel('win rate against the model as it is')
     axs[0, -1].legend(loc='center left', bbox_to_anchor=(1, .5))
     fig.tight_layout()
     return fig
