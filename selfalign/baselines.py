@@ -88,19 +88,18 @@ def beside(
     return {j: dict(_verdict(e), shorter=e['shorter'], difference={k: e['difference'][k] for k in ('finished', 'gold')})
             for j,e in evs.items()}
 
-# %% ../nbs/loop/19b_baselines.ipynb #2003e837
+# %% ../nbs/loop/19b_baselines.ipynb #288d8481
 def _slug(name): return re.sub(r'\W+', '_', name).lower()
 
-def _reuse(run, file, new):
+def _reuse(run, folder):
     "Begin with the rows that the run has answered or graded already"
-    old = run.data/f'{file}.rows.jsonl'
-    if old.exists() and not new.exists(): new.write_bytes(old.read_bytes())
+    for file,name in dict(answers_reference='candidates', answers_graded='graded', answers_second='second').items():
+        old, new = run.data/f'{file}.rows.jsonl', folder/f'{name}.rows.jsonl'
+        if old.exists() and not new.exists(): new.write_bytes(old.read_bytes())
 
 def _candidates(run, folder):
     "Graded candidates of the held-out instructions: eight, or as many as the best of four needs"
     r, n = run.r, max(8, 4*run.r.answer_samples)
-    _reuse(run, 'answers_reference', folder/'candidates.rows.jsonl')
-    _reuse(run, 'answers_graded', folder/'graded.rows.jsonl')
     rows = sample(test_rows(run), run.model(), folder/'candidates.jsonl', n, answer_sampling(r), run.style.system,
                   r.seed, r.batch_size, 'best of n')
     return grade(rows, run.judge(), folder/'graded.jsonl', run.style, r.part(JudgeSettings), run.mix(),
@@ -129,17 +128,15 @@ def _answers(run, name, b, make, folder):
     if b.trained is not None: run.release()
     return rows
 
-# %% ../nbs/loop/19b_baselines.ipynb #70900400
+# %% ../nbs/loop/19b_baselines.ipynb #bf5c684d
 def _graded(run, rows, folder):
     "All answers as the run's judge grades them, and the second judge: {judge: rows}"
     r, style, reference = run.r, run.style, [x for x in rows if x['model']=='as it is']
     mix = held_out_mix(run.mix(), reference)
-    _reuse(run, 'answers_graded', folder/'graded.rows.jsonl')
     own = grade(rows, run.judge(), folder/'graded.jsonl', style, r.part(JudgeSettings), mix, progress='baselines',
                 among=reference, sparing=True)
     res = {f'{r.judge_name}:{r.judge}': own}
     if not r.second_judge: return res
-    _reuse(run, 'answers_second', folder/'second.rows.jsonl')
     second = grade(rows, run.load(model=r.second_judge), folder/'second.jsonl', style,
                    JudgeSettings(judge='likelihood'), progress='baselines, second judge')
     return {**res, f'{r.second_judge}:likelihood': second}
@@ -151,7 +148,7 @@ def _some(ways, only):
         if x not in ways: raise BadInput(f'baselines: {x!r} is none of {"; ".join(ways)}{nearest(x, list(ways))}')
     return {k: b for k,b in ways.items() if k in ('as it is', *(wanted or ways))}
 
-# %% ../nbs/loop/19b_baselines.ipynb #140fbfea
+# %% ../nbs/loop/19b_baselines.ipynb #8129e3ac
 def baselines(
     run:Run, # A run; its steps are done first where they are not
     make, # Function (**keys) that makes a Run of the same recipe with other values
@@ -161,6 +158,7 @@ def baselines(
     ways, folder, said, failed = _some(baselines_of(run.style), only), run.data/'baselines', {}, {}
     run_all(run)
     folder.mkdir(exist_ok=True)
+    _reuse(run, folder)
     with run.alone():
         for name,b in ways.items():
             try: said[name] = [{**x, 'model': name} for x in _answers(run, name, b, make, folder)]
@@ -169,16 +167,16 @@ def baselines(
         run.release()
     gold = {x['prompt_id']: x.get('gold') for x in test_rows(run)}
     def part(xs, name): return [x for x in xs if x['model']==name]
-    def of(name): return {j: (part(xs, 'as it is'), part(xs, name)) for j,xs in graded.items()}
-    rows = [dict(name=k, failed=failed[k]) if k in failed else baseline_row(k, of(k), run.style, gold) for k in ways]
+    def both(a, b): return {j: (part(xs, a), part(xs, b)) for j,xs in graded.items()}
+    def row(k): return baseline_row(k, both('as it is', k), run.style, gold)
+    rows = [dict(name=k, failed=failed[k]) if k in failed else row(k) for k in ways]
     for r in rows:
         if 'DPO' in said and r['name'] in said and r['name']!='DPO':
-            pair = {j: (part(xs, r['name']), part(xs, 'DPO')) for j,xs in graded.items()}
-            r['run'] = beside(pair, run.style, gold)
+            r['run'] = beside(both(r['name'], 'DPO'), run.style, gold)
     for d in (run.data, run.models): write_json(d/'baselines.json', rows)
     return rows
 
-# %% ../nbs/loop/19b_baselines.ipynb #a37b1dcb
+# %% ../nbs/loop/19b_baselines.ipynb #e226e08b
 def baselines_table(
     rows:list, # Of `baselines`
 ): # DataFrame, a way a row
@@ -187,15 +185,17 @@ def baselines_table(
     def one(r):
         if 'failed' in r: return {'failed': r['failed']}
         first = r['name']=='as it is'
-        wins = {f'{what}, {j}': '' if first else interval_text(v[k])
-                for j,v in r['judges'].items() for k,what in _WINS.items()}
+        wins = {k: '' if first else x for k,x in _wins(r['judges']).items()}
         parts = {k: interval_text(r[k]) for k in ('shorter', 'finished', 'gold')}
         return {'tokens': round(r['tokens']['mean'], 1), 'written': round(r['generated'], 1), **parts, **wins}
     return pd.DataFrame([one(r) for r in rows], index=pd.Index([r['name'] for r in rows], name='way')).fillna('')
 
-_WINS = dict(win_rate='win rate', lc_win_rate='at equal length')
+def _wins(judges):
+    "Both win rates by each judge, as text"
+    names = dict(win_rate='win rate', lc_win_rate='at equal length')
+    return {f'{what}, {j}': interval_text(v[k]) for j,v in judges.items() for k,what in names.items()}
 
-# %% ../nbs/loop/19b_baselines.ipynb #4bd9cf40
+# %% ../nbs/loop/19b_baselines.ipynb #b2e07b11
 def beside_table(
     rows:list, # Of `baselines`
 ): # DataFrame, a way a row
@@ -203,8 +203,8 @@ def beside_table(
     import pandas as pd
     def one(r):
         first = next(iter(r['run'].values()))
-        wins = {f'{what}, {j}': interval_text(v[k]) for j,v in r['run'].items() for k,what in _WINS.items()}
-        return {'shorter': interval_text(first['shorter']), 'gold': interval_text(first['difference']['gold']), **wins}
+        return {'shorter': interval_text(first['shorter']), 'gold': interval_text(first['difference']['gold']),
+                **_wins(r['run'])}
     some = [r for r in rows if 'run' in r]
     return pd.DataFrame([one(r) for r in some], index=pd.Index([r['name'] for r in some], name='the run beside'))
 

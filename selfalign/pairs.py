@@ -7,8 +7,8 @@ __all__ = ['STRATEGIES', 'unfit', 'PairSettings', 'candidate_pairs', 'best_worst
            'length_price', 'mutual_pairs', 'build_pairs', 'check_enough', 'write_csv', 'card', 'make_pairs',
            'plot_pairs']
 
-# %% ../nbs/loop/10_pairs.ipynb #fa85b219
-import csv, io, math
+# %% ../nbs/loop/10_pairs.ipynb #df384279
+import csv, io
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +18,13 @@ from .machine.templates import plain_text
 from .candidates import repetition
 from .style import Style
 
-# %% ../nbs/loop/10_pairs.ipynb #41e65d31
+# %% ../nbs/loop/10_pairs.ipynb #84733478
+def _grade(r, by=''):
+    "The grade that decides; None where there is none"
+    g = (r.get('scores') or {}).get(by) if by else r.get('score')
+    return None if g!=g else g
+
+# %% ../nbs/loop/10_pairs.ipynb #b71efcb0
 def unfit(
     r:dict, # Score row
     style:Style, # Its script is the one an answer should be written in
@@ -26,7 +32,7 @@ def unfit(
 )->str: # None if it is fit
     "Why this answer may not be chosen"
     txt = r['completion'].strip()
-    if r.get('score') is None or math.isnan(r['score']): return 'ungraded'
+    if _grade(r) is None: return 'ungraded'
     if not txt: return 'empty'
     if not r['finished']: return 'unfinished'
     if repetition(txt)>most: return 'repeats itself'
@@ -47,12 +53,7 @@ class PairSettings(Settings):
     max_length_ratio: float = setting(0., 'the chosen answer is at most so many times as long as the rejected one, '
                                       'in characters; 0: any', ge=0, le=100)
 
-# %% ../nbs/loop/10_pairs.ipynb #7e66a1aa
-def _grade(r, by=''):
-    "The grade that decides; None where there is none"
-    g = (r.get('scores') or {}).get(by) if by else r.get('score')
-    return None if g!=g else g
-
+# %% ../nbs/loop/10_pairs.ipynb #8f84574d
 def _split(prompt_id, test_share): return 'test' if hash01('pairs'+prompt_id)<test_share else 'train'
 
 def _pmi(r): return (r.get('features') or {}).get('pmi') or 0.
