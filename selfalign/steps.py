@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'check_counts', 'train_rows', 'test_rows', 'answer_sampling', 'compared_on', 'judges_said', 'how_called',
-           'Step']
+           'graded_by', 'Step']
 
 # %% ../nbs/loop/17_steps.ipynb #d4ce796e
 from dataclasses import dataclass, replace
@@ -167,7 +167,7 @@ def _do_answer(run):
     on_first(tidy)
     return {'in': len(both)//2//run.r.answer_samples, 'out': len(both)}
 
-# %% ../nbs/loop/17_steps.ipynb #f60d4984
+# %% ../nbs/loop/17_steps.ipynb #26bb42ed
 def compared_on(r):
     "What kind of instructions a recipe compares on"
     return 'training instructions set aside' if r.n_validation else 'held-out instructions'
@@ -190,18 +190,26 @@ def _card_results(run, ev):
              f'Reproduce: `selfalign run {how_called(r)}`. Every number with its interval: `evaluation.json`.']
     return '\n\n'.join(lines)
 
-def _do_evaluate(run):
-    "Grade and compare both; write the report and the card"
-    r, rows = run.r, read_jsonl(run.data/'answers.jsonl', ('prompt_id', 'prompt', 'model', 'completion'))
+def graded_by(
+    run, # A run whose models have answered
+    by, # A run whose judges grade: the same one, or the one that several are compared by
+)->dict: # Of `evaluate`
+    "Grade and compare both models' answers; write the report and the card"
+    r, rows = by.r, read_jsonl(run.data/'answers.jsonl', ('prompt_id', 'prompt', 'model', 'completion'))
     second = None
     if r.second_judge:
-        second = second_verdict(rows, run.load(model=r.second_judge), run.data, run.style, 'evaluation')
-    ev = evaluate(rows, run.judge(), run.data, run.style, r.part(JudgeSettings), test_rows(run), run.mix(), second,
+        second = second_verdict(rows, by.load(model=r.second_judge), run.data, by.style, 'evaluation')
+    ev = evaluate(rows, by.judge(), run.data, by.style, r.part(JudgeSettings), test_rows(run), by.mix(), second,
                   'evaluation')
     write_json(run.models/'evaluation.json', ev)
-    model_card(run.models, _card_title(r), _card_results(run, ev))
-    return {'in': len({x['prompt_id'] for x in rows}), 'out': ev['n'], 'ungraded': ev['ungraded'],
-            'shorter': ev['shorter']['mean'], 'warnings': ev['warnings']}
+    model_card(run.models, _card_title(run.r), _card_results(run, ev))
+    return ev
+
+def _do_evaluate(run):
+    "Grade and compare by the run's own judges"
+    ev = graded_by(run, run)
+    return {'in': len(test_rows(run)), 'out': ev['n'], 'ungraded': ev['ungraded'], 'shorter': ev['shorter']['mean'],
+            'warnings': ev['warnings']}
 
 # %% ../nbs/loop/17_steps.ipynb #7a4616e4
 @dataclass(frozen=True)
