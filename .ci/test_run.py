@@ -1,5 +1,5 @@
 "The command line on the real embedded model, end to end, with few prompts: no cached answers, no network."
-import csv, json, os, subprocess, sys
+import csv, html, json, os, re, subprocess, sys
 
 import pytest
 
@@ -54,6 +54,20 @@ def test_the_end_says_what_happened(root):
     for part in ('before (', 'after  (', 'length in tokens', 'held-out instructions', 'report'): assert part in out
     ev = json.loads((root/'data/quickstart/evaluation.json').read_text(encoding='utf-8'))
     assert ev['n']>=2 and ev['reference']['mean_tokens']>0 and len(ev['win_rate_ci'])==2
+
+
+def test_it_ends_in_one_page_that_needs_nothing_else(root):
+    page = root/'data/quickstart/report.html'
+    assert 'report.html' in (root/'stdout').read_text(encoding='utf-8')
+    txt = page.read_text(encoding='utf-8')
+    assert len(txt)<3e6 and not re.search(r'<(script|link|img|iframe)\b|(src|href)="(?!#)', txt)
+    asked = {r['prompt'] for r in rows(root/'data/quickstart/answers.jsonl')}
+    assert any(q in html.unescape(txt) for q in asked)
+    page.unlink()
+    r = selfalign('report', 'quickstart', cwd=root)
+    assert r.returncode==0 and page.exists(), r.stderr
+    r = selfalign('report', 'other', cwd=root)
+    assert r.returncode==2 and 'finish the run first' in r.stderr and len(r.stderr.splitlines())==1
 
 
 def test_started_again_nothing_is_repeated(root):

@@ -333,7 +333,7 @@ def plot_audit(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/loop/09_audit.ipynb #0788bf52
+# %% ../nbs/loop/09_audit.ipynb #aa29b611
 def _intervals(ax, items, title):
     "Means with their intervals, one below the other"
     for i,(_,b,colour) in enumerate(items):
@@ -349,10 +349,10 @@ def plot_trust(
 ): # The figure
     "P(original graded higher), with intervals: criteria on the corruptions aimed at them, the score on each corruption"
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.4), sharex=True)
     criteria = [(c, b, 'C0') for c,b in test['criteria'].items() if b['mean'] is not None]
     found = [(k, b, c) for g,c in zip(GROUPS, ('C0', 'C2', 'C3', 'C4')) if g in test
              for k,b in test[g]['by_corruption'].items()]
+    fig, axs = plt.subplots(1, 2, figsize=(11, max(4.2, .23*len(found)+1)), width_ratios=(1, 1.4), sharex=True)
     _intervals(axs[0], criteria, 'criterion, on corruptions aimed at it')
     title = 'score; blue: trained, green: unseen, red: facts, violet: injection'
     _intervals(axs[1], [x for x in found if x[1]['n']], title)

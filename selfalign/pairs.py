@@ -267,7 +267,7 @@ def make_pairs(
     write_text(folder/'README.md', card(made, style, settings))
     return made
 
-# %% ../nbs/loop/10_pairs.ipynb #a81f4b8a
+# %% ../nbs/loop/10_pairs.ipynb #369238ad
 def plot_pairs(
     pairs:list, # Of `build_pairs`
     lost:Counter=None, # Of `build_pairs`
@@ -278,7 +278,8 @@ def plot_pairs(
     import matplotlib.pyplot as plt, numpy as np, seaborn as sns
     n = 2+(rows is not None)+bool(lost)
     fig, axs = plt.subplots((n+1)//2, 2, figsize=(9, 3*((n+1)//2)))
-    axs = axs.flatten()
+    axs = axs.flatten()[:n]
+    for ax in set(fig.axes)-set(axs): ax.remove()
     sns.histplot([p['margin'] for p in pairs], ax=axs[0], bins=20)
     axs[0].set(title=f'margins of {len(pairs)} pairs', xlabel='points')
     gap = [word_gap(p) for p in pairs]
@@ -291,7 +292,7 @@ def plot_pairs(
         axs[2].set(title='pairs left by a margin', xlabel='smallest margin, points', ylabel='pairs', ylim=(0, None))
     if lost:
         why = lost.most_common()
-        axs[-1].barh(range(len(why)), [v for _,v in why], color='0.8'); axs[-1].invert_yaxis()
+        axs[-1].barh(range(len(why)), [v for _,v in why], color='0.5', alpha=.4); axs[-1].invert_yaxis()
         axs[-1].set(title='prompts without a pair', yticks=[], xlabel='prompts'); axs[-1].grid(False)
         for i,(k,v) in enumerate(why): axs[-1].text(0, i, f' {v}  {k}', va='center', fontsize=9)
     fig.tight_layout()

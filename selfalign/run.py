@@ -102,8 +102,8 @@ def rows_of(
     "The rows kept for a step beside its file"
     return sorted(folder.glob(f'{Path(file).stem}.rows*.jsonl'))
 
-# %% ../nbs/loop/18_run.ipynb #891c5a44
-_OF_COMMANDS = ('answers_example.jsonl', 'qa_*.jsonl', 'drift.json', 'baselines*', 'models/qa*.json',
+# %% ../nbs/loop/18_run.ipynb #674035e1
+_OF_COMMANDS = ('report.html', 'answers_example.jsonl', 'qa_*.jsonl', 'drift.json', 'baselines*', 'models/qa*.json',
                 'models/baselines.json') # made of the adapter afterwards
 
 @patch

@@ -18,7 +18,7 @@ from .clean import clean_message
 from .files import BadInput, nearest, package_file, reason
 from .processes import n_ranks, rank, sharded, shut_down
 
-# %% ../../nbs/machine/22_cli.ipynb #4c0dce78
+# %% ../../nbs/machine/22_cli.ipynb #a91b49a3
 ABOUT = { # what `selfalign --help` says of each command
     'run': 'The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate',
     'data': 'Only the step data: writes instructions.jsonl',
@@ -36,6 +36,7 @@ ABOUT = { # what `selfalign --help` says of each command
     'curve': 'Does the judge learn from its grading rows? Warm starts with fewer of them, audited alike',
     'frontier': 'Compare settings on one set of candidates and grades; draw length against quality',
     'baselines': 'What would a user do instead of training? Prompts, the best of n, other trainings, beside the run',
+    'report': 'Write report.html anew: a finished run on one page',
     'compare': "People's verdicts: write a blind A/B sheet, or read what they chose",
     'qa': 'Question answering with gold answers: has the aligned model lost anything?',
     'bench': 'What does it cost? Tokens a second, step times, memory, each beside the usual way',
@@ -51,12 +52,12 @@ def usage()->str:
                       f'recipes: {names("recipes")}, or a YAML file', f'styles:  {names("styles")}, or a YAML file', '',
                       '--debug, anywhere on the line, shows the traceback of an error (also: SELFALIGN_DEBUG=1)'])
 
-# %% ../../nbs/machine/22_cli.ipynb #c8329fb8
+# %% ../../nbs/machine/22_cli.ipynb #b1a7ffa9
 _parted = ('run', 'sft', 'data', 'candidates', 'judge', 'pairs', 'dpo', 'reference', 'answer',
            'evaluate') # what several processes can do together
 _resumed = ('dpo', 'sft') # go on from a checkpoint if they are told to
-_at_once = ('recipes', 'styles', 'audit', 'compare', 'bench', 'merge', 'ask', 'chat') # keep nothing to go on from
-                                                                                      # (audit does with --out)
+_at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'merge', 'ask',
+            'chat') # keep nothing to go on from (audit does with --out)
 
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb
 def _parser(name):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEED', 'RECIPE', 'whole', 'given_keys', 'run_of', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_recipes', 'cmd_styles']
 
-# %% ../../nbs/machine/20b_run_commands.ipynb #4389f63f
+# %% ../../nbs/machine/20b_run_commands.ipynb #c67418de
 import json
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 from fastcore.script import Param, store_true
 
 from .files import BadInput, nearest, package_file, write_text
-from .processes import say
+from .processes import on_first, say
 from ..recipe import Recipe, read_recipe, recipe_names
+from ..report import write_report
 from ..results import drift_text, more_rounds, print_summary
 from ..run import Run, run_all
 from ..steps import STEPS
@@ -36,7 +37,7 @@ def whole(
 
 SEED = whole(0, 2**32-1)
 
-# %% ../../nbs/machine/20b_run_commands.ipynb #c57a82bf
+# %% ../../nbs/machine/20b_run_commands.ipynb #4ff1e91d
 def given_keys(
     txt:str, # Of `--set`, such as "rounds=2 n_test=128"
     where:str, # Stands before what is wrong
@@ -94,6 +95,7 @@ def cmd_run(
     if plan: say(_plan_text(make())); return
     run = run_all(make(), fresh)
     print_summary(run)
+    say(f'all of it on one page: {on_first(lambda: write_report(run))}')
     if run.r.rounds>1: say(drift_text(more_rounds(run, make, fresh)))
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #a6d5fdcb
