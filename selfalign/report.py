@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'picked', 'marked', 'drawn', 'plot_grades', 'plot_wins', 'story', 'write_report']
 
-# %% ../nbs/loop/19c_report.ipynb #94824154
+# %% ../nbs/loop/19c_report.ipynb #516d5342
 import io
 import re
 import statistics
@@ -27,7 +27,7 @@ from .instructions import plot_funnel
 from .pairs import plot_pairs
 from .raters import audit_text
 from .recipe import Recipe
-from .run import Run, run_all
+from .run import Run
 from .steps import STEPS, compared_on, how_called, judges_said
 from .truth import truth_text
 
