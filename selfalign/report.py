@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['INK', 'picked', 'marked', 'drawn', 'plot_grades', 'plot_wins', 'story', 'write_report']
 
-# %% ../nbs/loop/19c_report.ipynb #516d5342
+# %% ../nbs/loop/19c_report.ipynb #acbc231f
 import io
 import re
-import statistics
 from collections import Counter
 from difflib import SequenceMatcher
 from pathlib import Path
