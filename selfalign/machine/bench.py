@@ -6,7 +6,7 @@
 __all__ = ['topics', 'with_generate', 'with_generate_batch', 'amount', 'quality', 'quality_difference', 'sampling_costs',
            'plot_sampling', 'full_passes', 'written_verdict', 'grading_costs', 'bench_prompts', 'bench', 'bench_table']
 
-# %% ../../nbs/machine/20_bench.ipynb #f5ac29a5
+# %% ../../nbs/machine/20_bench.ipynb #33e32891
 import json
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from ..candidates import diversity
 from ..instructions import load_instructions
 from ..judge import DIGITS, judge_prompts
 from ..llm import LLM
+from .bench_precision import precision_costs, this_machine
 from .bench_training import (sampling_efficiency, scale_costs, startup_costs, take_turns,
                                               training_costs)
 from .files import BadInput, nearest
@@ -259,8 +260,8 @@ def bench_prompts(
     rows = load_instructions('embedded', style)[0]
     return [llm.render(r['prompt'], style.system) for r in rows if r['split']=='train'][:limit]
 
-# %% ../../nbs/machine/20_bench.ipynb #54348aed
-topics = ['sampling', 'grading', 'training', 'startup', 'scale']
+# %% ../../nbs/machine/20_bench.ipynb #ac6ba7fb
+topics = ['sampling', 'grading', 'training', 'precision', 'startup', 'scale']
 
 def _bench_sampling(llm, rounds, limit, server, **kw):
     "Of `sampling_costs`, and on a CPU of `sampling_efficiency`"
@@ -274,22 +275,28 @@ def _bench_grading(llm, rounds, limit, **kw):
     rows = good_replies(load_replies(load_messages('embedded')))[:min(24, limit)]
     return grading_costs(llm, rows, load_style(), rounds=rounds, **kw)
 
+def _bench_precision(model, limit, **kw):
+    "Of `precision_costs`, for training instructions of the embedded data set"
+    rows = [r for r in load_instructions('embedded', load_style())[0] if r['split']=='train']
+    return precision_costs(model, [r['prompt'] for r in rows[:min(24, limit)]], load_style(), **kw)
+
 def bench(
     topic:str, # One of `topics`
     llm:LLM=None, # The model, for `sampling` and `grading`
-    model:str='embedded', # Its name, for `training` and `startup`
+    model:str='embedded', # Its name, for `training`, `precision` and `startup`
     rounds:int=3, # Repetitions; the median counts
     limit:int=64, # Instructions, or answers to grade
     server=None, # A `Server` with the same model, for `sampling`
     **kw, # More arguments of the topic's function, such as `sizes` of `scale_costs`
 )->dict:
-    "The measurements of one topic"
+    "The measurements of one topic, and `measured_on`: of `this_machine`"
     if topic not in topics: raise BadInput(f'bench: {topic!r} is no topic{nearest(topic, topics)}')
-    if topic=='sampling': return _bench_sampling(llm, rounds, limit, server, **kw)
-    if topic=='grading': return _bench_grading(llm, rounds, limit, **kw)
-    if topic=='training': return training_costs(model, rounds=rounds, **kw)
-    if topic=='startup': return startup_costs(rounds, model)
-    return scale_costs(rounds=rounds, **kw)
+    ways = dict(sampling=lambda: _bench_sampling(llm, rounds, limit, server, **kw),
+                grading=lambda: _bench_grading(llm, rounds, limit, **kw),
+                training=lambda: training_costs(model, rounds=rounds, **kw),
+                precision=lambda: _bench_precision(model, limit, **kw),
+                startup=lambda: startup_costs(rounds, model), scale=lambda: scale_costs(rounds=rounds, **kw))
+    return {**ways[topic](), 'measured_on': this_machine()}
 
 # %% ../../nbs/machine/20_bench.ipynb #412e4632
 def _numbers(o, path):

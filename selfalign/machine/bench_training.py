@@ -58,14 +58,15 @@ def in_new_process(
     try: return pool.apply(_with_peak, (f, args))
     finally: pool.close(); pool.join()
 
-# %% ../../nbs/machine/19b_bench_training.ipynb #aa8a0141
+# %% ../../nbs/machine/19b_bench_training.ipynb #5141a580
 def matmul_peak(
     n:int=2048, # Size of the matrices
     rounds:int=5, # Repetitions; the best counts
+    dtype:str='float32', # Of the matrices
 )->float: # Operations a second
-    "The speed of one large float32 matrix product on this machine's CPU"
+    "The speed of one large matrix product on this machine's CPU"
     import torch
-    a, best = torch.randn(n, n), float('inf')
+    a, best = torch.randn(n, n).to(getattr(torch, dtype)), float('inf')
     for _ in range(rounds+1):
         t = time.perf_counter()
         a@a

@@ -210,7 +210,7 @@ def cmd_compare(
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
         print(_json(people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)))
 
-# %% ../../nbs/machine/21_commands.ipynb #a21a01f5
+# %% ../../nbs/machine/21_commands.ipynb #e8c6cd09
 def cmd_qa(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
     data:str='embedded', # Questions with gold answers: embedded, embedded-gold, kuznetsoffandrey/sberquad, or a file
@@ -243,8 +243,8 @@ def cmd_qa(
     say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {out}')
 
 def cmd_bench(
-    topic:Param('What to measure: sampling, grading, training, startup, scale; all unless given', str, nargs='*',
-                opt=False)=None,
+    topic:Param('What to measure: sampling, grading, training, precision, startup, scale; all unless given', str,
+                nargs='*', opt=False)=None,
     model:str='embedded', # Model: embedded, a hub id, a folder
     rounds:whole(1)=3, # Repetitions; the median counts
     limit:whole(1)=64, # Instructions to answer, and answers to grade, at most
