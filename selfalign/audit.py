@@ -281,13 +281,13 @@ def training_misfit(
     why = other_style(trained_style(model, adapter), style)
     return why and f'the training of this judge does not fit: {why}'
 
-# %% ../nbs/loop/09_audit.ipynb #ee8eab17
+# %% ../nbs/loop/09_audit.ipynb #1d447429
 def find_audit(
     model:str, # A model's name, as for `load`
 )->dict: # Of `audit`, or None
-    "The audit among what was measured of a model"
+    "The audit among what was measured of a model; `BadInput` names a file that is none"
     folder = measured_in(model)
-    return read_json(folder/'audit.json') if folder and (folder/'audit.json').exists() else None
+    return read_json(folder/'audit.json', 'an audit') if folder and (folder/'audit.json').exists() else None
 
 # %% ../nbs/loop/09_audit.ipynb #20c348cb
 def audit_table(

@@ -244,7 +244,7 @@ def card(
         'trained on). `data4alignment_train.csv` and `data4alignment_test.csv` hold every graded answer: '
         f'`instruction, answer, estimate`.\n\n| prompts that gave no pair | number |\n|---|---|\n{lost}')
 
-# %% ../nbs/loop/10_pairs.ipynb #659a1d8c
+# %% ../nbs/loop/10_pairs.ipynb #d76a88e5
 def make_pairs(
     rows:list, # Score rows
     folder:Path, # Where the files go
@@ -261,7 +261,7 @@ def make_pairs(
     for split in ('train', 'test'):
         write_csv(folder/f'data4alignment_{split}.csv', [r for r in rows if _split(r['prompt_id'], test_share)==split])
     made = {'in': len({r['prompt_id'] for r in rows}), 'out': len(pairs),
-            'train': sum(p['split']=='train' for p in pairs), 'ungraded': sum(r.get('score') is None for r in rows),
+            'train': sum(p['split']=='train' for p in pairs), 'ungraded': sum(_grade(r) is None for r in rows),
             'lost': dict(lost), 'gap': round(sum(map(word_gap, pairs))/len(pairs), 2),
             'margin': round(sum(p['margin'] for p in pairs)/len(pairs), 3)}
     write_text(folder/'README.md', card(made, style, settings))

@@ -127,15 +127,12 @@ def judge(self:Run):
     if self.frozen is None: self.frozen = self.load(model=self.r.judge_model)
     return self.frozen
 
-# %% ../nbs/loop/17c_record.ipynb #6c90a4be
+# %% ../nbs/loop/17c_record.ipynb #e0550fa5
 @patch
 def found_audit(self:Run)->dict: # Of `audit`, or None
     "The judge's audit: one made for this run, `data/<name>/audit.json`, or the one beside the judge's adapter"
     mine = self.data/'audit.json'
-    found = read_json(mine) if mine.exists() else find_audit(self.r.judge_name)
-    if found is not None and not isinstance(found, dict):
-        raise BadInput(f'{mine}: not an audit; make one with `selfalign audit --out {mine}`')
-    return found
+    return read_json(mine, 'an audit') if mine.exists() else find_audit(self.r.judge_name)
 
 @patch
 def mix(self:Run)->dict: # Criterion: share of the digits; None: half and half

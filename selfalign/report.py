@@ -157,7 +157,7 @@ def _result(run, ev):
     return _section('Result', P(f'Answers are {length_text(ev["shorter"])}, on {ev["n"]} {compared_on(run.r)}.'),
                     *map(P, judges_said(ev)), drawn(plot_wins, ev, says='Win rates with 95% intervals'), shown)
 
-# %% ../nbs/loop/19c_report.ipynb #35115e1e
+# %% ../nbs/loop/19c_report.ipynb #fcdabccb
 def _judge(run):
     "What the audit found, and what the judge makes of wrong answers"
     found = run.found_audit()
@@ -167,15 +167,20 @@ def _judge(run):
     if found.get('truth'): texts['Right and wrong answers'] = truth_text(found['truth'])
     return [drawn(plot_trust, found, says=says), *[Details(Summary(k), ft('pre', t)) for k,t in texts.items()]]
 
-def _rows(run):
-    "Where the rows went, what the grades and pairs look like"
-    steps, style = run.record['steps'], run.style
-    scores, pairs = (read_jsonl(run.data/f) for f in ('scores.jsonl', 'pairs.jsonl'))
-    lost = Counter(steps['pairs'].get('lost', {}))
-    return [_section('Instructions', drawn(plot_funnel, steps['data']['funnel'], says='What each filter keeps')),
-            _section('Grades', drawn(plot_grades, scores, style, says='Grades of the candidates, by criterion'),
-                     *_judge(run)),
-            _section('Pairs', drawn(plot_pairs, pairs, lost, says='Margins and lengths of the pairs'))]
+def _instructions(run):
+    "Where the instructions went"
+    funnel = run.record['steps']['data']['funnel']
+    return _section('Instructions', drawn(plot_funnel, funnel, says='What each filter keeps'))
+
+def _grades(run):
+    "What the grades of the candidates look like, and their judge"
+    scores, says = read_jsonl(run.data/'scores.jsonl'), 'Grades of the candidates, by criterion'
+    return _section('Grades', drawn(plot_grades, scores, run.style, says=says), *_judge(run))
+
+def _pairs(run):
+    "Margins and lengths of the pairs, and why some instructions gave none"
+    lost = Counter(run.record['steps']['pairs'].get('lost', {}))
+    return _section('Pairs', drawn(plot_pairs, read_jsonl(run.data/'pairs.jsonl'), lost, says='Margins and lengths'))
 
 # %% ../nbs/loop/19c_report.ipynb #5a5f736f
 def _training(run):
@@ -235,7 +240,15 @@ def _cost(run):
                     P(', '.join(f'{k} {v}' for k,v in packages.items())),
                     P('To repeat it: ', Code(f'selfalign run {how_called(run.r)}')))
 
-# %% ../nbs/loop/19c_report.ipynb #145c23ef
+# %% ../nbs/loop/19c_report.ipynb #b2359484
+def _whole(title, f):
+    "A section, or why there is none"
+    try: return f()
+    except (BadInput, LookupError, TypeError, ValueError, AttributeError) as e:
+        why = f'Not shown: a file of it is not as a run writes it ({type(e).__name__}: {e}).'
+        return _section(title, P(why, cls='warned'))
+
+# %% ../nbs/loop/19c_report.ipynb #0605d43d
 def write_report(
     run:Run, # A finished run; `BadInput` names the step that is missing
 )->Path:
@@ -243,8 +256,12 @@ def write_report(
     for s in [s for s in STEPS if s not in run.record.get('steps', {})]:
         raise BadInput(f'{run.data}: step {s} is not finished; finish the run first: selfalign run {how_called(run.r)}')
     ev, (ref, pol) = read_json(run.data/'evaluation.json'), by_model(read_jsonl(run.data/'answers_graded.jsonl'))
-    body = [H1(run.r.name), P(story(run)), _result(run, ev), _evaluation(run, ev, ref, pol), _alternatives(run),
-            _answers(ref, pol, run.style.lang), *_rows(run), _training(run), _cost(run)]
+    parts = {'What was done': lambda: P(story(run)), 'Result': lambda: _result(run, ev),
+             'Before and after': lambda: _evaluation(run, ev, ref, pol), 'Alternatives': lambda: _alternatives(run),
+             'Ten answers': lambda: _answers(ref, pol, run.style.lang), 'Instructions': lambda: _instructions(run),
+             'Grades': lambda: _grades(run), 'Pairs': lambda: _pairs(run), 'Training': lambda: _training(run),
+             'Cost and settings': lambda: _cost(run)}
+    body = [H1(run.r.name), *[_whole(k, f) for k,f in parts.items()]]
     css = package_file('templates/report.css').read_text(encoding='utf-8')
     head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width'),
                 Title(f'{run.r.name}: report'), Style(Safe(css)))
