@@ -14,7 +14,7 @@ cfg = ini['DEFAULT']
 lib = cfg['lib_path']
 licenses = {'apache2': 'Apache-2.0'}
 statuses = {'1': '1 - Planning', '2': '2 - Pre-Alpha', '3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
-shipped = ['data/ru_instructions.jsonl', 'data/ru_gold.jsonl', 'data/README.md', 'models']
+shipped = ['data/ru_instructions.jsonl', 'data/ru_gold.jsonl', 'data/ru_translation.jsonl', 'data/README.md', 'models']
 
 
 class BuildWithFiles(build_py):

@@ -61,6 +61,14 @@ def test_the_halves_are_read_as_they_are():
     assert all(r['gold'] for r in rows)
 
 
+def test_translations_are_held_out_new_and_in_another_script():
+    style, rows = load_style('brief-ru'), gold_questions('embedded-translation', load_style('brief-ru'))
+    assert len(rows)==48 and {r['split'] for r in rows}=={'test'} and not any(gold_found(r['prompt'], r['gold']) for r in rows)
+    assert not any(style.in_script(w) for r in rows for w in r['gold'])
+    first = [r['text'] for r in read_jsonl(repo_file(SHIPPED['embedded'])) if not r['parent_id']]
+    assert not {r['prompt'] for r in rows} & {*first}
+
+
 def test_a_file_without_a_split_is_asked_whole(tmp_path):
     f = write_jsonl(tmp_path/'q.jsonl', [dict(id=i, prompt=f'Какая река течёт через город номер {i}?', gold=['Нева']) for i in range(30)])
     assert len(gold_questions(f, load_style('brief-ru')))==30

@@ -210,10 +210,10 @@ def cmd_compare(
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
         print(_json(people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)))
 
-# %% ../../nbs/machine/21_commands.ipynb #e8c6cd09
+# %% ../../nbs/machine/21_commands.ipynb #b584728e
 def cmd_qa(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
-    data:str='embedded', # Questions with gold answers: embedded, embedded-gold, kuznetsoffandrey/sberquad, or a file
+    data:str='embedded', # Questions with gold answers: embedded, embedded-gold, embedded-translation, a hub id, a file
     limit:whole(1)=200, # At most so many held-out questions
     max_chars:whole(10)=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)

@@ -187,9 +187,10 @@ def load_hub(
     except Exception as e: raise _hub_error(name, e) from None
     return pd.concat([d.to_pandas().assign(source_split=s) for s,d in splits.items()], ignore_index=True)
 
-# %% ../../nbs/machine/02_messages.ipynb #847bc0fa
+# %% ../../nbs/machine/02_messages.ipynb #5850c1ec
 EMBEDDED = 'data/ru_instructions.jsonl' # The embedded data set, a path inside the project
-SHIPPED = {'embedded': EMBEDDED, 'embedded-gold': 'data/ru_gold.jsonl'} # Data sets that come with the project
+SHIPPED = {'embedded': EMBEDDED, 'embedded-gold': 'data/ru_gold.jsonl',
+           'embedded-translation': 'data/ru_translation.jsonl'} # Data sets that come with the project
 
 def is_hub(
     source, # As for `load_messages`
