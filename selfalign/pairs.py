@@ -24,7 +24,7 @@ def _grade(r, by=''):
     g = (r.get('scores') or {}).get(by) if by else r.get('score')
     return None if g!=g else g
 
-# %% ../nbs/loop/10_pairs.ipynb #b71efcb0
+# %% ../nbs/loop/10_pairs.ipynb #827f03de
 def unfit(
     r:dict, # Score row
     style:Style, # Its script is the one an answer should be written in
@@ -38,7 +38,8 @@ def unfit(
     if repetition(txt)>most: return 'repeats itself'
     if style.begs(txt): return 'asks for its grade'
     asked_in_script = any(c.isalpha() for c in r['prompt']) and style.in_script(r['prompt'])
-    if asked_in_script and not style.in_script(txt): return 'another language'
+    free = not asked_in_script or style.wants_another_language(r['prompt'])
+    if not free and not style.in_script(txt): return 'another language'
 
 # %% ../nbs/loop/10_pairs.ipynb #13ce5a19
 class PairSettings(Settings):

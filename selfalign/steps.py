@@ -244,7 +244,7 @@ _adapter = ('models/adapter_model.safetensors', 'models/adapter_config.json')
 _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tokenizer*', 'special_tokens_map.json',
                  'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state'))
 
-# %% ../nbs/loop/17_steps.ipynb #69645cfc
+# %% ../nbs/loop/17_steps.ipynb #64146ce5
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
                  ('lang', 'script', 'min_share', 'foreign_letters'), source=True),
@@ -254,7 +254,7 @@ STEPS = { # name: how it depends on what came before
     'judge': Step(_do_judge, 'scores.jsonl', ('candidates.jsonl',), (*_grading, 'require_pmi'), _judged,
                   ('judge_model',), parted=True),
     'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings),
-                  ('lang', 'script', 'asks_for_grade'),
+                  ('lang', 'script', 'asks_for_grade', 'asks_for_language'),
                   also=('data4alignment_train.csv', 'data4alignment_test.csv', 'README.md')),
     'dpo': Step(_do_dpo, _adapter[0], ('pairs.jsonl',), ('seed', 'device', 'dtype', *_fields(DPOSettings)),
                 ('system',), ('model',), also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),

@@ -57,7 +57,7 @@ class SheetTexts(Settings):
     save: str = setting('', 'the button that saves')
     left_over: str = setting('', 'how many rows have no verdict')
 
-# %% ../nbs/loop/04_style.ipynb #7f402419
+# %% ../nbs/loop/04_style.ipynb #4adb33ad
 _code = '[a-z]{2,3}(-[A-Za-z]+)?' # of a language
 FEATURES = ['pmi', 'pmi_per_token', 'logp_new', 'logp_prior', 'logp_end', 'repetition'] # of an answer, by likelihood
 
@@ -85,10 +85,11 @@ class _Keys(Settings):
     min_share: float = setting(.5, 'share of such letters from which a text counts as in the language', ge=0, le=1)
     foreign_letters: str = setting('', 'letters of other languages in the same script')
     asks_for_grade: list[str] = setting([], 'regular expressions of what asks for a grade; {criterion}: any of them')
+    asks_for_language: list[str] = setting([], 'regular expressions of what asks for another language than `lang`')
     sheet: SheetTexts = Field(SheetTexts(), description='words on the page where people compare answers')
     example: str = setting('', 'an instruction to put on that page as well')
 
-# %% ../nbs/loop/04_style.ipynb #ae872301
+# %% ../nbs/loop/04_style.ipynb #e1bfd558
 class Style(_Keys):
     "A written scale with all that depends on it; made by `load_style`"
     @model_validator(mode='after')
@@ -115,7 +116,7 @@ class Style(_Keys):
             if lo==hi: raise ValueError(f'two different values for {c}')
         return measures
 
-    @field_validator('asks_for_grade')
+    @field_validator('asks_for_grade', 'asks_for_language')
     @classmethod
     def _compile(cls, patterns):
         "Patterns are regular expressions"
@@ -217,7 +218,7 @@ def in_script(self:Style,
     "Are at least half of the letters of a text in the style's script?"
     return not self.script or not any(c.isalpha() for c in text) or script_share(text, self.script)>=.5
 
-# %% ../nbs/loop/04_style.ipynb #35bb4f0c
+# %% ../nbs/loop/04_style.ipynb #446d9675
 @cache
 def _begging(patterns, criteria):
     "One regular expression of all patterns, each with the rest of its sentence; None without patterns"
@@ -232,6 +233,13 @@ def begs(self:Style,
     "Does a text ask for a grade?"
     find = _begging(tuple(self.asks_for_grade), tuple(self.criteria))
     return bool(find and find.search(text))
+
+@patch
+def wants_another_language(self:Style,
+    text:str, # An instruction
+)->bool:
+    "Does it ask for an answer in another language than the style's?"
+    return any(re.search(p, text, re.I) for p in self.asks_for_language)
 
 # %% ../nbs/loop/04_style.ipynb #630e8e11
 def _begins(txt, i):
