@@ -447,9 +447,10 @@ def test_frontier_and_rounds_grade_by_the_mix_of_the_first_run(root, models, mon
     assert first.mix()==mix
     def stop(run, *args): graded.append(run.mix()); raise BadInput('stop')
     monkeypatch.setattr(results, 'run_all', stop)
+    monkeypatch.setattr(results, 'graded_by', lambda run, by: (graded.append(run.mix()), stop(by)))
     monkeypatch.setattr(results.Run, 'step', lambda self, name: graded.append(self.mix()))
     rows = results.frontier(str(root/'r.yml'), 'beta=.1,.5', root, 4, judge='mix', name='mixed')
-    assert [r['failed'] for r in rows]==['stop']*2 and graded==[mix]*6
+    assert [r['failed'] for r in rows]==['stop']*2 and len(graded)==4+2*(len(results.STEPS)+1) and graded==[mix]*len(graded)
     assert run_of(root, judge='mix', name='mixed.frontier.beta0.1').mix()==mix  # also when it is opened by itself
     graded.clear()
     for f in ('by_model', 'read_jsonl', 'compare'): monkeypatch.setattr(results, f, lambda *args: [[], []])

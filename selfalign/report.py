@@ -118,7 +118,7 @@ def plot_wins(
     ax.set(xlabel='win rate of the aligned model', xlim=(0, 1), ylim=(max(1, len(rows))-.4, -.7))
     return ax
 
-# %% ../nbs/loop/19c_report.ipynb #5b082e10
+# %% ../nbs/loop/19c_report.ipynb #7b004ebb
 def _times(n): return 'once' if n==1 else f'{n} times each'
 
 def story(
@@ -136,8 +136,8 @@ def story(
             f'{own} graded the {j["in"]} answers on the scale {r.style} ({r.judge}); {j["ungraded"]} got no grade. '
             f'{p["out"]} pairs came of it, {p["train"]} to train on: a chosen answer is {p["margin"]:.2f} points '
             f'better and {abs(p["gap"]):.1f} words {"shorter" if p["gap"]<0 else "longer"} than a rejected one. '
-            f'DPO took {d["steps"]} steps ({loss}). Both models then answered {s["evaluate"]["in"]} {compared_on(r)}, '
-            f'{_times(r.answer_samples)}. All steps together took {minutes:.0f} minutes{memory}.')
+            f'The training took {d["steps"]} steps ({loss}). Both models then answered {s["evaluate"]["in"]} '
+            f'{compared_on(r)}, {_times(r.answer_samples)}. All steps together took {minutes:.0f} minutes{memory}.')
 
 # %% ../nbs/loop/19c_report.ipynb #a161a139
 def _html(df): return Div(Safe(df.to_html(border=0, na_rep='', justify='left', index_names=False)), cls='wide')
