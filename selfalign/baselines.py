@@ -195,7 +195,7 @@ def _wins(judges):
     names = dict(win_rate='win rate', lc_win_rate='at equal length')
     return {f'{what}, {j}': interval_text(v[k]) for j,v in judges.items() for k,what in names.items()}
 
-# %% ../nbs/loop/19b_baselines.ipynb #cc80a071
+# %% ../nbs/loop/19b_baselines.ipynb #75eac11a
 def short_table(
     rows:list, # Of `baselines`
 ): # DataFrame, a way a row
@@ -207,9 +207,9 @@ def short_table(
         if 'failed' in r: return {'tokens': r['failed']}
         wins = {f'{["wins", "2nd judge"][i>0]}{how}': '' if r['name']=='as it is' else win(v[k])
                 for i,v in enumerate(r['judges'].values())
-                for k,how in (('win_rate', ', %'), ('lc_win_rate', ' at equal length, %'))}
+                for k,how in (('win_rate', ''), ('lc_win_rate', ' at equal length'))}
         return {'tokens': f'{r["tokens"]["mean"]:.0f}', 'written': f'{r["generated"]:.0f}',
-                'finished, %': pc(r['finished']), 'gold, %': pc(r['gold']), **wins}
+                'finished': pc(r['finished']), 'gold': pc(r['gold']), **wins}
     return pd.DataFrame([one(r) for r in rows], index=pd.Index([r['name'] for r in rows], name='way')).fillna('')
 
 # %% ../nbs/loop/19b_baselines.ipynb #b2e07b11
