@@ -6,7 +6,7 @@
 __all__ = ['Baseline', 'baselines_of', 'best_of', 'baseline_row', 'beside', 'baselines', 'baselines_table', 'short_table',
            'beside_table', 'baselines_text', 'plot_baselines']
 
-# %% ../nbs/loop/19b_baselines.ipynb #8004a7af
+# %% ../nbs/loop/19b_baselines.ipynb #f2332bee
 import re
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from .candidates import sample
 from .evaluate import by_model, compare, held_out_mix, red_flags
 from .judge import JudgeSettings, grade
 from .pairs import unfit
-from .results import borrow, same_judge
+from .results import copy_new, train_beside
 from .run import Run, run_all
 from .steps import answer_sampling, test_rows
 
@@ -88,14 +88,13 @@ def beside(
     return {j: dict(_verdict(e), shorter=e['shorter'], difference={k: e['difference'][k] for k in ('finished', 'gold')})
             for j,e in evs.items()}
 
-# %% ../nbs/loop/19b_baselines.ipynb #288d8481
+# %% ../nbs/loop/19b_baselines.ipynb #e44b40a5
 def _slug(name): return re.sub(r'\W+', '_', name).lower()
 
 def _reuse(run, folder):
     "Begin with the rows that the run has answered or graded already"
     for file,name in dict(answers_reference='candidates', answers_graded='graded', answers_second='second').items():
-        old, new = run.data/f'{file}.rows.jsonl', folder/f'{name}.rows.jsonl'
-        if old.exists() and not new.exists(): new.write_bytes(old.read_bytes())
+        copy_new(run.data/f'{file}.rows.jsonl', folder/f'{name}.rows.jsonl')
 
 def _candidates(run, folder):
     "Graded candidates of the held-out instructions: eight, or as many as the best of four needs"
@@ -105,16 +104,12 @@ def _candidates(run, folder):
     return grade(rows, run.judge(), folder/'graded.jsonl', run.style, r.part(JudgeSettings), run.mix(),
                  progress='best of n: grades', sparing=True) # raw grades are kept for the comparison
 
-# %% ../nbs/loop/19b_baselines.ipynb #76a0f629
+# %% ../nbs/loop/19b_baselines.ipynb #ab74914f
 def _trained(run, name, b, make):
     "The run whose policy answers: this one, or another training on its candidates"
     if not b.trained: return run
     one = make(**b.trained, name=f'{run.r.name}.{_slug(name)}')
-    same_judge(run, one)
-    borrow(run, one)
-    for s in ('data', 'candidates', 'judge', 'pairs', 'dpo'): one.step(s)
-    one.release()
-    borrow(one, run) # log-probabilities of the reference
+    train_beside(run, one, ('data', 'candidates', 'judge', 'pairs', 'dpo'))
     return one
 
 def _answers(run, name, b, make, folder):

@@ -248,13 +248,13 @@ def _whole(title, f):
         why = f'Not shown: a file of it is not as a run writes it ({type(e).__name__}: {e}).'
         return _section(title, P(why, cls='warned'))
 
-# %% ../nbs/loop/19c_report.ipynb #0605d43d
+# %% ../nbs/loop/19c_report.ipynb #0dbf4220
 def write_report(
     run:Run, # A finished run; `BadInput` names the step that is missing
 )->Path:
     "Write `report.html`: one page without links to anything outside it"
-    for s in [s for s in STEPS if s not in run.record.get('steps', {})]:
-        raise BadInput(f'{run.data}: step {s} is not finished; finish the run first: selfalign run {how_called(run.r)}')
+    left, how = [s for s in STEPS if s not in run.record.get('steps', {})], f'selfalign run {how_called(run.r)}'
+    if left: raise BadInput(f'{run.data}: step {left[0]} is not finished; finish the run first: {how}')
     ev, (ref, pol) = read_json(run.data/'evaluation.json'), by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     parts = {'What was done': lambda: P(story(run)), 'Result': lambda: _result(run, ev),
              'Before and after': lambda: _evaluation(run, ev, ref, pol), 'Alternatives': lambda: _alternatives(run),

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['memory_bandwidth', 'this_machine', 'same_words', 'order_kept', 'precision_costs']
 
-# %% ../../nbs/machine/19c_bench_precision.ipynb #239ca0f7
+# %% ../../nbs/machine/19c_bench_precision.ipynb #cc3905c3
 import re
-import time
-from pathlib import Path
+from functools import lru_cache
 
 from ..judge import grade_rows
 from ..llm import load
-from .bench_training import matmul_peak
-from .capacity import free_heap
+from .bench_training import matmul_peak, timed
+from .capacity import free_heap, processor, shortest
 from .sampling import Sampling
 from .statistics import mean_interval, share_interval
 from ..style import Style
 
-# %% ../../nbs/machine/19c_bench_precision.ipynb #5592bf5c
+# %% ../../nbs/machine/19c_bench_precision.ipynb #25a16ab2
 _FLAGS = re.compile(r'avx2|avx512(f|_bf16|_vnni|_fp16)|amx_\w+|asimd\w*|sve\w*|bf16|i8mm')
 
 def memory_bandwidth(
@@ -28,22 +27,17 @@ def memory_bandwidth(
     "How fast one tensor is copied to another"
     import torch
     a = torch.ones(int(gb*2.5e8))
-    b, best = torch.empty_like(a), float('inf')
-    for _ in range(rounds+1):
-        t = time.perf_counter()
-        b.copy_(a)
-        best = min(best, time.perf_counter()-t)
-    return 2*a.numel()*a.element_size()/best
+    b = torch.empty_like(a)
+    return 2*a.numel()*a.element_size()/shortest(lambda: b.copy_(a), rounds)
 
+@lru_cache(maxsize=1)
 def this_machine(
 )->dict: # `processor`, `flags`, `threads`, `torch`; a second: `peak` operations by precision, `bandwidth` bytes
-    "What the speeds of this machine depend on"
+    "What the speeds of this machine depend on, measured once in a process"
     import platform, torch
-    try: txt = Path('/proc/cpuinfo').read_text()
-    except OSError: txt = ''
-    name = re.search(r'^model name\s*:\s*(.*)$', txt, re.M)
-    words = (re.search(r'^(?:flags|Features)\s*:\s*(.*)$', txt, re.M) or [''])[0].split()
-    return dict(processor=name[1] if name else platform.processor(), flags=[w for w in words if _FLAGS.fullmatch(w)],
+    about = {k.strip(): v.strip() for k,_,v in (l.partition(':') for l in processor())}
+    flags = [w for w in about.get('flags', about.get('Features', '')).split() if _FLAGS.fullmatch(w)]
+    return dict(processor=about.get('model name', platform.processor()), flags=flags,
                 threads=torch.get_num_threads(), torch=torch.__version__, bandwidth=memory_bandwidth(),
                 peak={k: matmul_peak(dtype=k) for k in ('float32', 'bfloat16')})
 
@@ -68,20 +62,15 @@ def order_kept(
     d = [(p[0]-q[0], p[1]-q[1]) for p,q in zip(kept, kept[1:]+kept[:1])]
     return share_interval([float(x*y>0) for x,y in d if abs(x)>=margin])
 
-# %% ../../nbs/machine/19c_bench_precision.ipynb #187720c2
-def _timed(f):
-    t = time.perf_counter()
-    res = f()
-    return res, time.perf_counter()-t
-
+# %% ../../nbs/machine/19c_bench_precision.ipynb #42e7bac9
 def _one_precision(model, dtype, prompts, style, s, told):
     "Greedy answers of a model in one precision, and its grades of `told`, or of these answers"
     llm = load(model, dtype=dtype)
     texts = [llm.render(p, style.system) for p in prompts]
     llm.generate(texts[:2], 1, Sampling(temperature=0, max_new_tokens=2)) # warm up
-    got, seconds = _timed(lambda: [c for c, in llm.generate(texts, 1, s)])
+    seconds, got = timed(lambda: [c for c, in llm.generate(texts, 1, s)])
     told = told or [dict(prompt=p, completion=c.text) for p,c in zip(prompts, got)]
-    graded, spent = _timed(lambda: grade_rows(llm, told, 'digits', style))
+    spent, graded = timed(lambda: grade_rows(llm, told, 'digits', style))
     return dict(answers=[llm.encode(c.text) for c in got], told=told, grades=[g['score'] for g in graded],
                 by_criterion=[x for g in graded for x in (g['scores'] or {}).values()],
                 tokens_per_second=sum(c.n_tokens for c in got)/seconds, seconds_a_grade=spent/max(1, len(told)))

@@ -132,7 +132,7 @@ def _server(url, model, served='', **kw):
 
 def _json(o): return json.dumps(o, ensure_ascii=False)
 
-# %% ../../nbs/machine/21_commands.ipynb #f81a932a
+# %% ../../nbs/machine/21_commands.ipynb #afc6525c
 def cmd_frontier(
     recipe:RECIPE='quickstart',
     grid:str='loss_type=sigmoid,ipo beta=.1,.5 learning_rate=1e-4,2.5e-4 length_gap=,0', # Keys and the values to try
@@ -154,12 +154,13 @@ def cmd_baselines(
     "What would a user do instead of training? Prompts, the best of n, other trainings, beside the run"
     over = given_keys(set, recipe, limit=limit)
     def make(**kw): return run_of(recipe, root, {**over, **kw})
-    rows = baselines(make(), make, only)
+    run = make()
+    rows = baselines(run, make, only)
     print(baselines_text(rows))
-    fig, out = plot_baselines(rows), make().data/'baselines.png'
+    fig, out = plot_baselines(rows), run.data/'baselines.png'
     fig.savefig(out, dpi=110)
     say(f'every number with its interval: {out.with_suffix(".json")}; drawn in {out.name}')
-    say(f'beside the run on one page: {write_report(make())}')
+    say(f'beside the run on one page: {write_report(run)}')
 
 def _finished(name, file, root):
     "A run that has come so far"
