@@ -3,7 +3,7 @@ import contextlib, io, re
 import pandas as pd, pytest
 from selfalign.consensus import consensus
 from selfalign.gold import gold_found, gold_questions
-from selfalign.instructions import load_instructions
+from selfalign.instructions import InstructionSettings, load_instructions
 from selfalign.judge import add_consensus, combine
 from selfalign.machine.duplicates import near_duplicates
 from selfalign.machine.files import BadInput, read_jsonl, repo_file, write_jsonl
@@ -67,6 +67,28 @@ def test_translations_are_held_out_new_and_in_another_script():
     assert not any(style.in_script(w) for r in rows for w in r['gold'])
     first = [r['text'] for r in read_jsonl(repo_file(SHIPPED['embedded'])) if not r['parent_id']]
     assert not {r['prompt'] for r in rows} & {*first}
+
+
+def test_requests_for_another_language_to_train_on_are_like_no_held_out_one():
+    style, every = load_style('brief-ru'), list(read_jsonl(repo_file(SHIPPED['embedded-translation'])))
+    new, held = ([r['prompt'] for r in every if r['split']==s] for s in ('train', 'test'))
+    held += [r['prompt'] for r in load_instructions('embedded', style)[0] if r['split']=='test']
+    assert len(new)==16 and all(map(style.wants_another_language, new)) and near_duplicates(held+new, .8)[len(held):]==[None]*16
+    assert not {w for r in every if r['split']=='train' for w in r['gold']} & {w for r in every if r['split']=='test' for w in r['gold']}-{'thank', 'thanks'}
+
+
+def test_a_second_source_adds_training_rows_and_moves_no_held_out_one(tmp_path):
+    style, first = load_style('brief-ru'), [dict(id=i, prompt=f'Какая река течёт через город номер {i}?', split='test' if i<2 else 'train') for i in range(8)]
+    more = [dict(id=0, prompt='Какая река течёт через город номер 0?', split='train'),  # held out in the first
+            dict(id=1, prompt='Назови три породы собак, которые не линяют', split='train'), dict(id=2, prompt='Зачем нужен корвалол?', split='test'),
+            dict(id=30, prompt='Чем отличается кофе от какао?')]
+    a, b = write_jsonl(tmp_path/'a.jsonl', first), write_jsonl(tmp_path/'b.jsonl', more)
+    alone, (rows, funnel) = load_instructions(a, style)[0], load_instructions(a, style, also_train=b)
+    assert rows[2:]==alone and [(r['prompt'][:6], r['split'], r['source']) for r in rows[:2]]==[('Назови', 'train', 'b.jsonl'), ('Чем от', 'train', 'b.jsonl')]
+    assert len({r['prompt_id'] for r in rows})==10 and funnel[-1]==dict(step='2 added for training', kept=10, dropped=0)
+    few = load_instructions(a, style, InstructionSettings(limit=5), also_train=b)[0]
+    assert len(few)==5 and sum(r['split']=='test' for r in few)==2
+    with pytest.raises(BadInput, match='b.jsonl: no instruction for training that is not there already'): load_instructions(b, style, also_train=b)
 
 
 def test_a_file_without_a_split_is_asked_whole(tmp_path):

@@ -77,7 +77,7 @@ def another(k, v):
     f = Recipe.model_fields[k]
     choices = (f.json_schema_extra or {}).get('enum')
     if choices: return next(c for c in choices if c!=v)
-    named = dict(style='formal-ru', data='other.jsonl', model='tiny2', judge_model='tiny2', second_judge='tiny2', device='cpu', report_to='none', strategy='all', served='x',
+    named = dict(style='formal-ru', data='other.jsonl', also_train='other.jsonl', model='tiny2', judge_model='tiny2', second_judge='tiny2', device='cpu', report_to='none', strategy='all', served='x',
                  server='http://127.0.0.1:9', criteria_weights={'Полезность': 2.}, n_validation=2, n_test=3, lora_alpha=3, length_gap=-1., max_steps=1)
     if k in named: return named[k]
     if isinstance(v, (bool, int)): return (not v) if isinstance(v, bool) else v+1
@@ -85,7 +85,7 @@ def another(k, v):
 
 
 reads = {  # by hand, not from STEPS: which steps a setting is an input of
-    'data': 'data limit min_chars max_chars test_share near_duplicate seed',
+    'data': 'data also_train limit min_chars max_chars test_share near_duplicate seed',
     'candidates': 'samples hinted_samples temperature top_k top_p repetition_penalty max_new_tokens seed style model device dtype server',
     'judge': 'judge judge_model calibrate criteria_weights require_pmi style model device dtype server',
     'pairs': 'margin strategy pairs_per_prompt length_gap require_pmi max_length_ratio',
@@ -141,7 +141,7 @@ def test_every_declared_setting_is_read_and_no_other(here):
     for d in ('data', 'models'): shutil.rmtree(d)
     r = Run(R(**read_recipe('r.yml').model_dump()))
     r.check()
-    explained = {*none, 'server', 'n_prompts', 'n_test', 'n_validation', 'model', 'judge_model', 'second_judge', 'device', 'dtype', 'style', 'data'}  # models and rows are inputs by their contents
+    explained = {*none, 'server', 'n_prompts', 'n_test', 'n_validation', 'model', 'judge_model', 'second_judge', 'device', 'dtype', 'style', 'data', 'also_train'}  # models and rows are inputs by their contents
     looks = {'answer_samples', 'answer_temperature', 'answer_top_k', 'answer_top_p', 'answer_repetition_penalty', 'max_new_tokens'}  # of watch.jsonl
     for name,s in STEPS.items():
         r.key(name)

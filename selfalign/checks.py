@@ -58,7 +58,7 @@ def check_rows(
     style, # Its style
 )->dict: # Split: number of instructions
     "Read the instructions of a recipe; `BadInput` if they are too few to learn from and to compare on"
-    rows, _ = load_instructions(r.data, style, r.part(InstructionSettings), r.seed)
+    rows, _ = load_instructions(r.data, style, r.part(InstructionSettings), r.seed, r.also_train or None)
     n = {s: sum(row['split']==s for row in rows) for s in ('train', 'test')}
     check_counts(r, n['train'], n['test'])
     return n
@@ -140,7 +140,8 @@ def check_run(
 ):
     "Refuse in one line whatever could be seen before the first step"
     check_values(r, style)
-    check_source(r.data, [Path(data)/f for s in STEPS.values() for f in s.products])
+    products = [Path(data)/f for s in STEPS.values() for f in s.products]
+    for source in filter(None, (r.data, r.also_train)): check_source(source, products)
     check_training(r.part(DPOSettings), where=r.name)
     check_models(r, models)
     check_memory(r)

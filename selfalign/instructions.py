@@ -129,18 +129,34 @@ def _rows(m, split):
     more = {c: cells(m, c) for c in ('lang', 'topic', 'kind', 'gold') if c in m}
     return [{**r, **{c: v[i] for c,v in more.items()}} for i,r in enumerate(rows)]
 
+def _usable(source, style, settings):
+    "The filtered rows of a source with their split, and the funnel"
+    m = source if hasattr(source, 'columns') else load_messages(source)
+    m, funnel = apply_filters(m, instruction_filters(style, settings))
+    given = [s or (h if h!='train' else None) for s,h in zip(cells(m, 'split'), cells(m, 'source_split'))]
+    return _rows(m, split_trees(list(m.message_tree_id), settings.test_share, given)), funnel
+
+def _added(rows, funnel, source, style, settings):
+    "The training rows of a further source before those of the first; its held-out ones, and what is there, stay out"
+    found = [r for r in _usable(source, style, settings.model_copy(update=dict(test_share=0.)))[0] if r['split']=='train']
+    seen = near_duplicates([r['prompt'] for r in rows+found], settings.near_duplicate)[len(rows):]
+    new, ids = [r for r,s in zip(found, seen) if s is None], {r['prompt_id'] for r in rows}
+    if not new: raise BadInput(f'{source}: no instruction for training that is not there already; see also_train')
+    new = [{**r, 'prompt_id': f'also-{r["prompt_id"]}'} if r['prompt_id'] in ids else r for r in new]
+    step = dict(step=f'{len(new)} added for training', kept=len(rows)+len(new), dropped=0)
+    return new+rows, [*funnel, step]
+
 # %% ../nbs/loop/01_instructions.ipynb #45467eaa
 def load_instructions(
     source='embedded', # `'embedded'`, a data set of the hub, a local file, or a table of messages
     style=None, # Object with `lang` and `is_language(text, said)`; None keeps every language
     settings:InstructionSettings=InstructionSettings(),
     seed:int=42, # Chooses the instructions that `limit` keeps
+    also_train=None, # A further source, as the first: its training rows come before those of the first
 )->tuple: # Rows of `instructions.jsonl`, and the funnel: a list of step, kept, dropped
     "The usable instructions of a source, each with its split"
-    m = source if hasattr(source, 'columns') else load_messages(source)
-    m, funnel = apply_filters(m, instruction_filters(style, settings))
-    given = [s or (h if h!='train' else None) for s,h in zip(cells(m, 'split'), cells(m, 'source_split'))]
-    rows = _rows(m, split_trees(list(m.message_tree_id), settings.test_share, given))
+    rows, funnel = _usable(source, style, settings)
+    if also_train is not None: rows, funnel = _added(rows, funnel, also_train, style, settings)
     if not 0<settings.limit<len(rows): return rows, funnel
     few = _limited(rows, settings.limit, seed)
     return few, [*funnel, dict(step=f'limit {settings.limit}', kept=len(few), dropped=len(rows)-len(few))]
@@ -170,9 +186,10 @@ def prepare(
     style=None, # As in `load_instructions`
     settings:InstructionSettings=InstructionSettings(),
     seed:int=42, # As in `load_instructions`
+    also_train=None, # As in `load_instructions`
 )->dict: # Counts for the record of the run
     "Write `instructions.jsonl` and return its counts"
-    rows, funnel = load_instructions(source, style, settings, seed)
+    rows, funnel = load_instructions(source, style, settings, seed, also_train)
     path = write_jsonl(Path(folder)/'instructions.jsonl', rows)
     n = Counter(r['split'] for r in rows)
     return {'in': funnel[0]['kept'], 'out': len(rows), 'train': n['train'], 'test': n['test'], 'funnel': funnel,

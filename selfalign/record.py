@@ -173,15 +173,18 @@ def _remote_name(self:Run, name):
     return {'served': self.record['served']}
 
 @patch
-def source(self:Run)->str:
+def source(self:Run,
+    key:str='data', # Of the recipe: `data` or `also_train`
+)->str: # Empty if the recipe names none
     "Where the instructions come from, pinned"
-    return self.pin(self.r.data, pinned_data) if is_hub(self.r.data) else self.r.data
+    v = getattr(self.r, key)
+    return self.pin(v, pinned_data) if v and is_hub(v) else v
 
 @patch
-def _source(self:Run):
+def _source(self:Run, key='data'):
     "Contents of the instructions' file; the name of a data set of the hub"
-    if is_hub(self.r.data): return self.source()
-    return file_digest(source_file(self.r.data))
+    v = getattr(self.r, key)
+    return self.source(key) if is_hub(v) else file_digest(source_file(v))
 
 # %% ../nbs/loop/17c_record.ipynb #1832ed83
 def input_digest(
@@ -212,6 +215,7 @@ def inputs(self:Run,
                remote=self._remote_name(name))
     if s.rows: res['rows'] = [[r.get(k) for k in s.fields] for r in s.rows(self)]
     if s.source: res['source'] = self._source()
+    if s.source and self.r.also_train: res['also_train'] = self._source('also_train')
     if 'judge' in s.settings: res['mix'] = self.mix()
     return res
 

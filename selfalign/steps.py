@@ -60,7 +60,8 @@ def test_rows(
 def _do_data(run):
     "Read the source, keep what is usable, split it"
     r = run.r
-    n = prepare(run.source(), run.data, run.style, r.part(InstructionSettings), r.seed)
+    n = prepare(run.source(), run.data, run.style, r.part(InstructionSettings), r.seed,
+                run.source('also_train') or None)
     check_counts(r, n['train'], n['test'])
     return n
 
