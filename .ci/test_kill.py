@@ -1,6 +1,6 @@
 """Killed at any moment and started again, a run ends as if nothing had happened. A tiny random Gemma-2, the command line, SIGKILL.
 
-`KILLS=50` kills fifty times, over every step of a run, the warm start, merge and frontier, and writes where each one struck
+`KILLS=50` kills fifty times, over every step of a run, the warm start, export and frontier, and writes where each one struck
 into `.ci/reliability.json`; without it 26 times."""
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 recipe = 'model: tiny\ndata: q.csv\njudge: likelihood\nsamples: 6\nmax_new_tokens: 48\nmargin: 0\nn_prompts: 80\nn_test: 24\nlora_r: 2\nmax_length: 400\ntrain_batch: 2\nsave_steps: 2\nbatch_size: 18\n'
-few = dict(candidates=8, judge=5, dpo=7, reference=1, answer=1, evaluate=1, sft=1, merge=1, frontier=1)
-fifty = dict(data=3, candidates=7, judge=5, pairs=3, dpo=7, reference=3, answer=3, evaluate=4, sft=6, merge=4, frontier=5)
+few = dict(candidates=8, judge=5, dpo=7, reference=1, answer=1, evaluate=1, sft=1, export=1, frontier=1)
+fifty = dict(data=3, candidates=7, judge=5, pairs=3, dpo=7, reference=3, answer=3, evaluate=4, sft=6, export=4, frontier=5)
 plan = fifty if os.environ.get('KILLS') else few
 window = dict(data=.7, pairs=.05, reference=.4, answer=.6, evaluate=1.5)  # seconds after its name within which a short step is killed
 struck = []  # one record a kill
@@ -179,18 +179,18 @@ def test_a_killed_warm_start_goes_on(whole, replies):
     assert {v.dtype for v in b.values()}=={np.dtype('float16')} and not left_over(root/'models') and not (root/'models/w/checkpoints').exists()
 
 
-def test_a_killed_merge_leaves_no_half_model(whole):
-    done(whole, 'merge', 'models/r', 'merged')
+def test_a_killed_export_leaves_no_half_model(whole):
+    done(whole, 'export', 'models/r', '--out', 'merged')
     rng = random.Random(2)
     names = sorted(p.name for p in (whole/'merged').iterdir())
     def writes(since=0): return [p for p in whole.iterdir() if p.name.startswith(('again', '.again')) and p.is_dir() and p.stat().st_mtime>since]
-    for i in range(plan['merge']):
+    for i in range(plan['export']):
         def begun(since=time.time()): return writes(since)
-        killed(whole, ['merge', 'models/r', 'again'], 'merge', rng, until=begun, within=.02*(i%2))
+        killed(whole, ['export', 'models/r', '--out', 'again'], 'export', rng, until=begun, within=.02*(i%2))
         if (whole/'again').exists():  # then it is whole
             assert sorted(p.name for p in (whole/'again').iterdir())==names
             shutil.rmtree(whole/'again')
-    done(whole, 'merge', 'models/r', 'again')
+    done(whole, 'export', 'models/r', '--out', 'again')
     assert sorted(p.name for p in (whole/'again').iterdir())==names
     for n in names: assert (whole/'merged'/n).read_bytes()==(whole/'again'/n).read_bytes(), n
     assert [p.name for p in writes()]==['again']

@@ -442,7 +442,7 @@ def test_an_audit_asks_the_server(fake, folder, tmp_path, monkeypatch, capsys):
     assert cli.main(['audit', '--model', str(folder), '--server', fake.url, '--json'])==0
     assert isinstance(asked[0], Server) and asked[0].name=='tiny'
     assert cli.main(['audit', '--model', str(folder), '--server', fake.url, '--adapter', str(tmp_path)])==2
-    assert 'selfalign merge' in capsys.readouterr().err
+    assert 'selfalign export' in capsys.readouterr().err
 
 
 # a real one

@@ -138,7 +138,8 @@ def _usable(source, style, settings):
 
 def _added(rows, funnel, source, style, settings):
     "The training rows of a further source before those of the first; its held-out ones, and what is there, stay out"
-    found = [r for r in _usable(source, style, settings.model_copy(update=dict(test_share=0.)))[0] if r['split']=='train']
+    found, _ = _usable(source, style, settings.model_copy(update=dict(test_share=0.)))
+    found = [r for r in found if r['split']=='train']
     seen = near_duplicates([r['prompt'] for r in rows+found], settings.near_duplicate)[len(rows):]
     new, ids = [r for r,s in zip(found, seen) if s is None], {r['prompt_id'] for r in rows}
     if not new: raise BadInput(f'{source}: no instruction for training that is not there already; see also_train')

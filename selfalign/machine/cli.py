@@ -40,7 +40,7 @@ ABOUT = { # what `selfalign --help` says of each command
     'compare': "People's verdicts: write a blind A/B sheet, or read what they chose",
     'qa': 'Question answering with gold answers: has the aligned model lost anything?',
     'bench': 'What does it cost? Tokens a second, step times, memory, each beside the usual way',
-    'merge': 'Write a model with its adapters in its weights, as a folder that servers read',
+    'export': 'Take a model elsewhere: one folder, a file for llama.cpp, a folder for Ollama, the hub',
     'ask': 'Ask one question',
     'chat': 'A conversation; /reset forgets it, an empty line ends it'}
 
@@ -56,7 +56,7 @@ def usage()->str:
 _parted = ('run', 'sft', 'data', 'candidates', 'judge', 'pairs', 'dpo', 'reference', 'answer',
            'evaluate') # what several processes can do together
 _resumed = ('dpo', 'sft') # go on from a checkpoint if they are told to
-_at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'merge', 'ask',
+_at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'export', 'ask',
             'chat') # keep nothing to go on from (audit does with --out)
 
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd_baselines', 'cmd_report', 'cmd_compare',
-           'cmd_qa', 'cmd_bench', 'cmd_merge', 'cmd_ask', 'cmd_chat']
+           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat']
 
 # %% ../../nbs/machine/21_commands.ipynb #990354c0
 import json
@@ -22,11 +22,11 @@ from .run_commands import (RECIPE, SEED, cmd_dpo, cmd_recipes, cmd_run, cmd_styl
                                             step_command, whole)
 from .sampling import Sampling
 from .settings import checked
-from .weights import need_space, save_folder
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
 from ..evaluate import by_model, compare, table, verdict
+from ..export import PRECISIONS, export_gguf, export_merged, export_ollama, prefix_of, push
 from ..gold import bert_f1, gold_questions
 from ..inference import answers, chat, stream
 from ..instructions import InstructionSettings
@@ -104,8 +104,8 @@ def cmd_audit(
     good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
     asked = truth_questions(gold or data, scale, mode, questions) if samples and not rated else []
     if server and adapter:
-        raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign merge {model} FOLDER '
-                       f'--adapter {adapter}`, and serve that')
+        raise BadInput(f'audit: a server has weights of its own; write them into one, `selfalign export {model} --out '
+                       f'FOLDER --adapter {adapter}`, and serve that')
     llm = _server(server, model, served) if server else load(model, adapter, device, dtype)
     if given: ranked, by = given, 'people'
     if rated: res = audit_scores(llm, rated, scale, known_mix(adapter or model, llm, scale), out, said)
@@ -270,19 +270,43 @@ def cmd_bench(
     if json: print(_json({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
 
 # %% ../../nbs/machine/21_commands.ipynb #581d63f4
-def cmd_merge(
-    model:str, # Model: an adapter's folder such as models/quickstart, embedded, a hub id, a folder
-    out:str, # Folder to write
+def _exported(name, root):
+    "The adapter of a run, or a model's name"
+    f = Path(root)/'models'/name
+    return str(f) if (f/'adapter_config.json').exists() else name
+
+def _lines(rows): return '\n'.join(f'{r["repository"]:<40} {r["file"]:<28} {r["bytes"]:>12,}' for r in rows)
+
+def cmd_export(
+    name:Param('A run, a model\'s folder, or a model\'s name', str, opt=False, nargs='?')='quickstart',
+    to:Param('merged: a folder of transformers', str, choices=['merged', 'gguf', 'ollama', 'hub'])='merged',
+    out:str=None, # File (gguf) or folder (merged, ollama) to write
+    repo:str=None, # hub: where to, org/name; a run's pairs go to org/name-pairs
+    precision:Param('gguf, ollama: of the weights', str, choices=[*PRECISIONS])='q8_0',
+    dtype:Param('merged: of the weights; its own unless given', str, choices=['float32', 'bfloat16', 'float16'])='',
     adapter:str=None, # Adapter to put on top
-    dtype:Param('Of the weights written', str, choices=['float32', 'bfloat16', 'float16'])='float32',
+    style:str=DEFAULT_STYLE, # Its prefix goes with a model whose record names none
+    public:store_true=False, # hub: everybody may see it
+    dry_run:store_true=False, # hub: only say what would go where
+    root:str='.', # Folder with data/ and models/
 ):
-    "Write a model with its adapters in its weights, as a folder that servers read"
-    out = Path(out)
-    if out.exists(): raise BadInput(f'{out}: is there already; name a folder that is not')
-    llm = load(model, adapter, 'cpu', dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    need_space(out.parent, sum(p.nbytes for p in llm.model.parameters())+10**8) # the tokenizer
-    print(save_folder(llm.model, llm.tok, out))
+    "Take a model elsewhere: one folder, a file for llama.cpp, a folder for Ollama, the hub"
+    model, need = _exported(name, root), 'repo' if to=='hub' else 'out'
+    if not (repo if to=='hub' else out): raise BadInput(f'export --to {to}: --{need} must say where to')
+    if to=='hub':
+        data = Path(root)/'data'/name
+        if adapter or not Path(model).is_dir():
+            raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
+        rows = push(model, repo, 'model', public, dry_run)
+        if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
+        return print(_lines(rows))
+    system = prefix_of(adapter or model, style)
+    if to=='merged': made = export_merged(model, out, dtype, adapter, system)
+    elif to=='gguf': made = export_gguf(model, out, precision, adapter)
+    else: made = export_ollama(model, out, precision, adapter, system)
+    then = dict(merged=f'vllm serve {made}', gguf=f'llama-server -m {made}',
+                ollama=f'ollama create {made.name} -f {made}/Modelfile')[to]
+    print(f'{made}\nnext: {then}')
 
 def _sampling(**given): return replace(Sampling(), **{k: v for k,v in given.items() if v is not None})
 
@@ -348,7 +372,7 @@ def _all_commands():
     steps = {s: step_command(s) for s in STEPS}
     return {'run': cmd_run, **steps, 'dpo': cmd_dpo, 'recipes': cmd_recipes, 'styles': cmd_styles, 'sft': cmd_sft,
             'audit': cmd_audit, 'curve': cmd_curve, 'frontier': cmd_frontier, 'baselines': cmd_baselines,
-            'report': cmd_report, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'merge': cmd_merge,
+            'report': cmd_report, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'export': cmd_export,
             'ask': cmd_ask, 'chat': cmd_chat}
 
 commands = _all_commands()
