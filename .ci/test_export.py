@@ -173,5 +173,5 @@ def test_a_dry_run_asks_nobody_and_a_refusal_is_one_line(hub):
     assert got.returncode==2 and 'me/brief: the hub does not let you write there' in got.stderr and 'Traceback' not in got.stderr and 'hf_secret' not in got.stderr
 
 
-def test_a_name_on_the_hub_is_checked_before_anything(): 
+def test_a_name_on_the_hub_is_checked_before_anything():
     with pytest.raises(BadInput, match='org/name'): push(BRIEF, 'brief', dry_run=True)

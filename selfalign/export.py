@@ -82,7 +82,8 @@ def _found(adapter):
 
 def _front(model, adapter, library):
     "The first lines of a card: what the hub reads"
-    base, licence = origin(read_json(adapter/'adapter_config.json')['base_model_name_or_path'] if adapter else str(model))
+    name = read_json(adapter/'adapter_config.json')['base_model_name_or_path'] if adapter else str(model)
+    base, licence = origin(name)
     lines = [f'library_name: {library}', 'pipeline_tag: text-generation', base and f'base_model: {base}',
              licence and f'license: {licence}']
     return '---\n'+'\n'.join(x for x in lines if x)+'\n---'
@@ -178,7 +179,8 @@ def ollama_template(
     "The chat template in Ollama's notation; `BadInput` if one turn is not written like the next"
     s, u, a, v = _SAID
     talk = [*to_messages(u, s), dict(role='assistant', content=a)]
-    one, two = _around(render(tok, talk, answer=False), _SAID[:3]), _around(render(tok, [*talk, *to_messages(v)]), _SAID)
+    one = _around(render(tok, talk, answer=False), _SAID[:3])
+    two = _around(render(tok, [*talk, *to_messages(v)]), _SAID)
     if not one or not two or two[:3]!=one[:3] or two[4]!=two[2] or not two[3].startswith(one[3]):
         raise BadInput(f'{tok.name_or_path}: its chat template has no such form as Ollama\'s; use --to gguf')
     before, between, opens, closes = one

@@ -42,7 +42,8 @@ ABOUT = { # what `selfalign --help` says of each command
     'bench': 'What does it cost? Tokens a second, step times, memory, each beside the usual way',
     'export': 'Take a model elsewhere: one folder, a file for llama.cpp, a folder for Ollama, the hub',
     'ask': 'Ask one question',
-    'chat': 'A conversation; /reset forgets it, an empty line ends it'}
+    'chat': 'A conversation; /reset forgets it, an empty line ends it',
+    'demo': 'Ask both models side by side in the browser, and choose blindly'}
 
 def usage()->str:
     "The list of commands"
@@ -57,7 +58,7 @@ _parted = ('run', 'sft', 'data', 'candidates', 'judge', 'pairs', 'dpo', 'referen
            'evaluate') # what several processes can do together
 _resumed = ('dpo', 'sft') # go on from a checkpoint if they are told to
 _at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'export', 'ask',
-            'chat') # keep nothing to go on from (audit does with --out)
+            'chat', 'demo') # keep nothing to go on from (audit does with --out)
 
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb
 def _parser(name):

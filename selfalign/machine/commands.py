@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd_baselines', 'cmd_report', 'cmd_compare',
-           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat']
+           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat', 'cmd_demo']
 
 # %% ../../nbs/machine/21_commands.ipynb #990354c0
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.script import Param, store_true
 
 from .bench import bench, bench_table, topics
-from .files import BadInput, existing_file, nearest, read_json, read_jsonl, write_json, write_jsonl
+from .files import BadInput, existing_file, nearest, read_json, read_jsonl, write_json
 from .names import model_key
 from .processes import say
 from .run_commands import (RECIPE, SEED, cmd_dpo, cmd_recipes, cmd_run, cmd_styles, given_keys, run_of,
@@ -25,14 +25,16 @@ from .settings import checked
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
+from ..demo import both_models, demo_page, open_demo, sheet_of
 from ..evaluate import by_model, compare, table, verdict
-from ..export import PRECISIONS, export_gguf, export_merged, export_ollama, prefix_of, push
+from ..export import (PRECISIONS, adapter_of, export_gguf, export_merged, export_ollama, prefix_of,
+                              push)
 from ..gold import bert_f1, gold_questions
 from ..inference import answers, chat, stream
 from ..instructions import InstructionSettings
 from ..judge import MODES
 from ..llm import load
-from ..people import people_summary, read_verdicts, sheet_rows, write_sheet
+from ..people import people_summary, read_verdicts, write_sheet
 from ..raters import audit_scores, audit_text, check_enough, known_mix, read_scores, scores_text
 from ..truth import add_truth, truth_questions, truth_text
 from ..recipe import Recipe, check_name, recorded
@@ -179,17 +181,6 @@ def cmd_report(
     if open: webbrowser.open(out.resolve().as_uri())
 
 # %% ../../nbs/machine/21_commands.ipynb #8eed0e11
-def _example(run):
-    "What both models say to the style's example; written once"
-    f, r, q = run.data/'answers_example.jsonl', run.r, run.style.example
-    if f.exists() or not q: return read_jsonl(f) if f.exists() else []
-    def row(label, llm):
-        said = llm.generate([llm.render(q, run.style.system)], 1, answer_sampling(r), r.seed)[0][0].text
-        return dict(prompt_id='example', prompt=q, model=label, completion=said, score=None)
-    rows = [row('reference', run.model()), row('policy', run.load(run.models))]
-    write_jsonl(f, rows)
-    return rows
-
 def cmd_compare(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
     verdicts:Param('Files of verdicts that the sheet saved: print what people chose', str, nargs='*')=None,
@@ -201,8 +192,8 @@ def cmd_compare(
     if not (sheet or verdicts): raise BadInput('compare: give --sheet FILE.html, or the files it saved as --verdicts')
     for f in verdicts or (): existing_file(f)
     run = _finished(name, 'answers_graded.jsonl', root)
-    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl')+_example(run))
-    shown = sheet_rows(ref, pol, seed)
+    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
+    shown = sheet_of(run, seed)
     if sheet:
         say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet), run.style)}; equal answers are left out')
     if verdicts:
@@ -361,10 +352,39 @@ def cmd_chat(
 
 def _base_of(model):
     "The model an adapter was trained on"
-    f = Path(model)/'adapter_config.json'
-    if not f.exists():
-        raise BadInput(f'{model}: --compare needs the folder of an adapter, such as models/quickstart, or --adapter')
-    return read_json(f, 'a configuration of an adapter').get('base_model_name_or_path') or ''
+    folder = adapter_of(model) if not Path(model).is_dir() or (Path(model)/'adapter_config.json').exists() else None
+    if folder: return read_json(folder/'adapter_config.json').get('base_model_name_or_path') or ''
+    raise BadInput(f'{model}: no adapter, so there is no model below it; name the folder of one, such as '
+                   'models/quickstart')
+
+
+# %% ../../nbs/machine/21_commands.ipynb #de30c0fe
+def cmd_demo(
+    name:Param('A run, an adapter\'s folder, or a model\'s name', str, opt=False, nargs='?')='quickstart',
+    server:str=None, # Address of a server that answers for the model as it is
+    served:str='', # The name it gives that model; the one it serves unless given
+    served_aligned:str='', # The name it gives the aligned one; read here unless given
+    port:Param('Port on this machine', int)=7860,
+    open:store_true=False, # Show it in the browser
+    style:str=DEFAULT_STYLE, # Prefix and scale, where there is no run that says so
+    device:str=None, # cuda, mps or cpu; the best there is unless given
+    dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
+    root:str='.', # Folder with data/ and models/
+):
+    "Ask both models side by side in the browser, and choose blindly"
+    run = _finished(name, 'run.json', root) if (Path(root)/'data'/name/'run.json').exists() else None
+    model, style = (str(run.models), run.style) if run else (name, load_style(style))
+    base = run.r.model if run else _base_of(model)
+    if server:
+        llms = dict(reference=_server(server, base, served))
+        llms['policy'] = _server(server, base, served_aligned) if served_aligned else load(model, None, device, dtype)
+    else: llms = both_models(model, base, device, dtype)
+    graded = run and (run.data/'answers_graded.jsonl').exists()
+    page = demo_page(llms, style, mode='likelihood' if run and run.r.judge=='likelihood' else 'digits',
+                     s=answer_sampling(run.r) if run else Sampling(), rows=sheet_of(run) if graded else (),
+                     folder=run.data if run else '.')
+    open_demo(page, port, open)
+
 
 # %% ../../nbs/machine/21_commands.ipynb #b7207064
 def _all_commands():
@@ -373,6 +393,6 @@ def _all_commands():
     return {'run': cmd_run, **steps, 'dpo': cmd_dpo, 'recipes': cmd_recipes, 'styles': cmd_styles, 'sft': cmd_sft,
             'audit': cmd_audit, 'curve': cmd_curve, 'frontier': cmd_frontier, 'baselines': cmd_baselines,
             'report': cmd_report, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'export': cmd_export,
-            'ask': cmd_ask, 'chat': cmd_chat}
+            'ask': cmd_ask, 'chat': cmd_chat, 'demo': cmd_demo}
 
 commands = _all_commands()
