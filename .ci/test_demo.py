@@ -6,7 +6,7 @@ import pytest
 
 from fake_server import Fake
 from selfalign import demo
-from selfalign.demo import both_stream, demo_page, in_one_thread, next_row, open_demo, verdicts_file, vote
+from selfalign.demo import both_stream, demo_page, next_row, open_demo, verdicts_file, vote
 from selfalign.inference import answer
 from selfalign.llm import load
 from selfalign.machine import cli, commands
@@ -39,15 +39,15 @@ def test_each_model_says_what_it_says_alone_also_behind_a_server(llms, folder):
 
 def test_each_piece_may_be_asked_for_from_another_thread(llms):
     "As gradio does; PyTorch's inference mode belongs to a thread"
-    import threading
-    g, got, failed = in_one_thread(lambda: both_stream(llms, question, style.system, short)), [], []
+    import threading, torch
+    g, got, failed = both_stream(llms, question, style.system, short), [], []
     def one():
         try: got.append(next(g, None))
         except Exception as e: failed.append(e)
     while not failed and (not got or got[-1]):
         t = threading.Thread(target=one)
         t.start(); t.join()
-    assert not failed and got[:-1]==[*both_stream(llms, question, style.system, short)]
+    assert not failed and not torch.is_inference_mode_enabled() and got[:-1]==[*both_stream(llms, question, style.system, short)]
 
 
 def test_a_run_is_demonstrated_with_its_own_settings_and_its_verdicts_are_those_of_compare(tmp_path, monkeypatch, capsys):

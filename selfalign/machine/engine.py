@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .sampling import Sampling, row_noise
 from .shortlist import next_tokens
 from .slots import Slots
-from .textmodel import TextModel, out_of_memory, pad_right
+from .textmodel import TextModel, inferring, out_of_memory, pad_right
 
 # %% ../../nbs/machine/13_engine.ipynb #8509ce68
 class Batch:
@@ -137,6 +137,7 @@ def _requeue(
 
 # %% ../../nbs/machine/13_engine.ipynb #2ae2f56c
 @patch
+@inferring
 def continuous_batching(self:TextModel,
     prompts:list, # Rendered chat texts
     jobs:list, # `(index of prompt, [samples])`, in the order in which they start
@@ -145,24 +146,22 @@ def continuous_batching(self:TextModel,
     batch_size:int=0, # Most rows decoded together; 0: the device's default
 ):
     "Yield `(index of prompt, sample, tokens)` of every row as it finishes"
-    import torch
     if not jobs: return
     queue, batch = deque(jobs), None
     cap = len(self.encode(prompts[jobs[-1][0]], s.max_new_tokens))+s.max_new_tokens
     rows = self.max_rows(batch_size, cap, s, sum(len(ks) for _,ks in jobs))
     if not self.supports_slots(): yield from self.generate_simple(prompts, jobs, s, seed, rows); return
     def noise(i, k): return (i, k), row_noise(seed, prompts[i], k, s.max_new_tokens)
-    with torch.inference_mode():
-        while queue or batch.who:
-            taken = []
-            try:
-                batch = batch or Batch(self, s, rows)
-                taken = self.admit_next(queue, batch, prompts, rows)
-                done = batch.admit([(ids, [noise(i, k) for k in ks]) for i,ids,ks in taken]) if taken else batch.step()
-            except RuntimeError as e:
-                if rows==1 or not out_of_memory(e): raise
-                _requeue(queue, taken, batch)
-                rows, batch = rows//2, None
-                _log.warning(f'{self.name}: out of memory; continuing with {rows} rows at a time')
-                continue
-            for (i, k),ids in done: yield i, k, ids
+    while queue or batch.who:
+        taken = []
+        try:
+            batch = batch or Batch(self, s, rows)
+            taken = self.admit_next(queue, batch, prompts, rows)
+            done = batch.admit([(ids, [noise(i, k) for k in ks]) for i,ids,ks in taken]) if taken else batch.step()
+        except RuntimeError as e:
+            if rows==1 or not out_of_memory(e): raise
+            _requeue(queue, taken, batch)
+            rows, batch = rows//2, None
+            _log.warning(f'{self.name}: out of memory; continuing with {rows} rows at a time')
+            continue
+        for (i, k),ids in done: yield i, k, ids
