@@ -1,4 +1,6 @@
 "The tests of a file that share a run go to one process; the notebooks of `test_nbs.py` are spread (pytest-xdist's own groups do not work with pytest 9.2)."
+import shutil
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -9,3 +11,15 @@ class OneRun(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log): return OneRun(config, log)
+
+
+@pytest.fixture
+def browser():
+    "Debian's Chromium, or another that is installed"
+    chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
+    if not chromium: pytest.skip('no Chromium on this machine')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield b
+        b.close()

@@ -2,8 +2,10 @@
 
 nbdev turns nbs/ into _proc/ (hidden cells dropped, show_doc run, names linked), and smalldocs renders that with the
 same nbs/_quarto.yml that Quarto reads. `nbdev_docs` builds the same site where Quarto is installed."""
-import json, os, re, shutil, subprocess, sys, tarfile, tempfile
+import functools, json, os, re, shutil, subprocess, sys, tarfile, tempfile
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import yaml
 from nbdev.config import get_config
@@ -77,6 +79,39 @@ def local_katex(out):
     for p in out.rglob('*.css'): p.write_text(re.sub(r'@import url\(https?://fonts[^)]*\);?', '', p.read_text()))
 
 
+class Tags(HTMLParser):
+    "Ids, links and pictures of a page"
+    def __init__(self): super().__init__(); self.ids, self.links, self.pictures = set(), [], []
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+        if tag=='a' and a.get('href'): self.links.append(a['href'])
+        if tag=='img': self.pictures.append(a)
+
+
+def tags(p):
+    t = Tags()
+    t.feed(p.read_text())
+    return t
+
+
+def leads(page, href, out):
+    "The file and the anchor of a link within the site; None for one that leaves it"
+    if re.match(r'[a-z]+:', href): return None
+    path, _, anchor = href.partition('#')
+    f = (out/unquote(path).lstrip('/') if path.startswith('/') else page.parent/unquote(path)).resolve() if path else page
+    return (f/'index.html' if f.is_dir() else f), unquote(anchor)
+
+
+def drop_anchors(out):
+    "nbdev links every name to an anchor; a private name has none, so its link leads to the page"
+    known = {p.resolve(): tags(p).ids for p in out.rglob('*.html')}
+    def kept(m, page):
+        to = leads(page, m[1]+'#'+m[2], out.resolve())
+        return m[0] if not to or to[0] not in known or to[1] in known[to[0]] else f'href="{m[1]}"'
+    for p in known: p.write_text(re.sub(r'href="([^"#]+)#([^"]+)"', functools.partial(kept, page=p), p.read_text()))
+
+
 def found(out, pattern, kinds):
     "Every match of `pattern` in the site's files, with its page"
     return [f'{p.name}: {m}' for k in kinds for p in out.rglob(k) for m in re.findall(pattern, p.read_text())]
@@ -93,6 +128,7 @@ if __name__=='__main__':
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(st/cfg.doc_path.name, out)
     local_katex(out)
+    drop_anchors(out)
     if left := found(out, r'https://(?:cdn|fonts)[^"\')]*', ['*.html', '*.css']): sys.exit('pages need the network: '+', '.join(left))
     if refs := found(out, r'(?<![\w.])@(?:fig|tbl|sec|eq|lst)-[\w-]+', ['*.html']): sys.exit('cross-references that only Quarto resolves (link to the #id instead): '+', '.join(refs))
     print(f'{len(list(out.rglob("*.html")))} pages in {out.name}')

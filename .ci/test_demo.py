@@ -1,5 +1,5 @@
 "The demo: what it serves, to whom, that a model's words are no markup, that its verdicts are those of the sheet; in a browser where there is one."
-import json, shutil
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from selfalign.people import read_verdicts, sheet_rows
 from selfalign.style import load_style
 
 style, short, question = load_style('brief-ru'), Sampling(max_new_tokens=8), 'Почему небо голубое?'
-chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
 
 
 @pytest.fixture(scope='module')
@@ -88,16 +87,6 @@ def test_memory_is_asked_for_before_anything_is_loaded(monkeypatch):
 
 def test_a_name_of_a_person_is_no_path(tmp_path):
     assert verdicts_file(tmp_path, '../../etc/passwd').parent==tmp_path and verdicts_file(tmp_path, ' ').name=='verdicts_anybody.json'
-
-
-@pytest.fixture
-def browser():
-    if not chromium: pytest.skip('no Chromium on this machine')
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield b
-        b.close()
 
 
 def test_in_a_browser_both_answer_nothing_is_fetched_and_no_markup_runs(llms, tmp_path, monkeypatch, browser):

@@ -175,7 +175,7 @@ def demo_page(
             fill(page)
     return page
 
-# %% ../nbs/loop/19e_demo.ipynb #0db619ca
+# %% ../nbs/loop/19e_demo.ipynb #3a4acae6
 def open_demo(
     page, # Of `demo_page`
     port:int=7860, # 0: any that is free
@@ -186,8 +186,8 @@ def open_demo(
     gr = _gradio()
     own = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']) # nothing is fetched
     page.queue(default_concurrency_limit=1).launch(
-        server_name='127.0.0.1', server_port=port or None, share=False, inbrowser=show, quiet=True, theme=own,
-        prevent_thread_lock=True, footer_links=[])
+        server_name='127.0.0.1', server_port=port or None, share=False, inline=False, inbrowser=show, quiet=True,
+        theme=own, prevent_thread_lock=True, footer_links=[])
     if wait:
         print(f'{page.local_url}   (Ctrl-C ends it)', flush=True)
         page.block_thread()
