@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd_baselines', 'cmd_report', 'cmd_compare',
-           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat', 'cmd_demo']
+           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat', 'cmd_demo', 'cmd_doctor']
 
 # %% ../../nbs/machine/21_commands.ipynb #990354c0
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from fastcore.script import Param, store_true
 
 from .bench import bench, bench_table, topics
+from .doctor import doctor, doctor_text
 from .files import BadInput, existing_file, nearest, read_json, read_jsonl, write_json
 from .names import model_key
 from .processes import say
@@ -386,6 +387,18 @@ def cmd_demo(
     open_demo(page, port, open)
 
 
+# %% ../../nbs/machine/21_commands.ipynb #d0c70e21
+def cmd_doctor(
+    recipe:Param('Look at the needs of this one only: as for run', str, opt=False, nargs='?')='',
+    json:store_true=False, # Print JSON
+):
+    "What is installed, what this machine can do, what a recipe needs, and the command for whatever is missing"
+    rows = doctor(recipe)
+    print(_json(rows) if json else doctor_text(rows))
+    amiss = [r['what'] for r in rows if r['fine'] is False]
+    if amiss: raise BadInput(f'doctor: not in order: {", ".join(amiss)}')
+
+
 # %% ../../nbs/machine/21_commands.ipynb #b7207064
 def _all_commands():
     "Name: function, in the order of the help"
@@ -393,6 +406,7 @@ def _all_commands():
     return {'run': cmd_run, **steps, 'dpo': cmd_dpo, 'recipes': cmd_recipes, 'styles': cmd_styles, 'sft': cmd_sft,
             'audit': cmd_audit, 'curve': cmd_curve, 'frontier': cmd_frontier, 'baselines': cmd_baselines,
             'report': cmd_report, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'export': cmd_export,
-            'ask': cmd_ask, 'chat': cmd_chat, 'demo': cmd_demo}
+            'ask': cmd_ask, 'chat': cmd_chat, 'demo': cmd_demo,
+            'doctor': cmd_doctor}
 
 commands = _all_commands()
