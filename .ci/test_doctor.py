@@ -35,7 +35,7 @@ def test_too_little_memory_and_a_model_that_cannot_be_fetched_end_with_code_2(mo
 
 
 def test_an_unknown_recipe_is_a_finding(capsys):
-    assert told('quickstrat')==2 and 'did you mean quickstart' in capsys.readouterr().out
+    assert told('quickstrat')==2 and 'did you mean "quickstart"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('offline', ['0', '1'])

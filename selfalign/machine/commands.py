@@ -392,7 +392,7 @@ def cmd_doctor(
     recipe:Param('Look at the needs of this one only: as for run', str, opt=False, nargs='?')='',
     json:store_true=False, # Print JSON
 ):
-    "What is installed, what this machine can do, what a recipe needs, and the command for whatever is missing"
+    "What is installed, what this machine can do, what a recipe needs, what to do about it"
     rows = doctor(recipe)
     print(_json(rows) if json else doctor_text(rows))
     amiss = [r['what'] for r in rows if r['fine'] is False]
