@@ -112,6 +112,21 @@ def drop_anchors(out):
     for p in known: p.write_text(re.sub(r'href="([^"#]+)#([^"]+)"', functools.partial(kept, page=p), p.read_text()))
 
 
+def llms(proc, out, cfg):
+    "llms.txt: what the project is, and a line for each page, for programs that read the site (llmstxt.org)"
+    yml = yaml.safe_load((proc/'_quarto.yml').read_text())['website']['sidebar']['contents']
+    def line(nb):
+        said = ''.join(json.loads((proc/nb).read_text())['cells'][0]['source'])
+        fm = front(said)
+        page = Path(fm.get('output-file', Path(nb).stem+'.html')).stem
+        return f'- [{fm["title"]}]({(Path(nb).parent/page).as_posix()}.html): {fm.get("description", "")}'
+    head, parts = line('index.ipynb'), []
+    for p in yml:
+        if isinstance(p, str): parts.append(line(p))
+        else: parts += ['', f'## {p["section"]}', '', *map(line, p['contents']), '']
+    (out/'llms.txt').write_text('\n'.join([f'# {cfg.title}', '', f'> {head.partition(": ")[2]}', '', *parts]).rstrip()+'\n')
+
+
 def found(out, pattern, kinds):
     "Every match of `pattern` in the site's files, with its page"
     return [f'{p.name}: {m}' for k in kinds for p in out.rglob(k) for m in re.findall(pattern, p.read_text())]
@@ -129,6 +144,7 @@ if __name__=='__main__':
     shutil.move(st/cfg.doc_path.name, out)
     local_katex(out)
     drop_anchors(out)
+    llms(Path(proc), out, cfg)
     if left := found(out, r'https://(?:cdn|fonts)[^"\')]*', ['*.html', '*.css']): sys.exit('pages need the network: '+', '.join(left))
     if refs := found(out, r'(?<![\w.])@(?:fig|tbl|sec|eq|lst)-[\w-]+', ['*.html']): sys.exit('cross-references that only Quarto resolves (link to the #id instead): '+', '.join(refs))
     print(f'{len(list(out.rglob("*.html")))} pages in {out.name}')
