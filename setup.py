@@ -29,7 +29,7 @@ class BuildWithFiles(build_py):
             else: shutil.copy(src, dst)
 
 
-dev, *extras = (split(cfg[f'{k}_requirements']) for k in ('dev', 'embedded', 'qlora', 'bertscore', 'server', 'export', 'demo'))
+dev, *extras = (split(cfg[f'{k}_requirements']) for k in ('dev', 'embedded', 'qlora', 'bertscore', 'server', 'export', 'demo', 'tracking'))
 instruct = split(cfg['instruct_requirements'])  # a gigabyte: not part of `dev`
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -41,7 +41,7 @@ setup(
     python_requires='>='+cfg['min_python'],
     install_requires=split(cfg['requirements']),
     extras_require={'dev': sum(extras, dev), 'instruct': instruct,
-                    **dict(zip(('embedded', 'qlora', 'bertscore', 'server', 'export', 'demo'), extras))},
+                    **dict(zip(('embedded', 'qlora', 'bertscore', 'server', 'export', 'demo', 'tracking'), extras))},
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     entry_points={'console_scripts': split(cfg['console_scripts']), 'nbdev': [f'{lib}={lib}._modidx:d']},
 )

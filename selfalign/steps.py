@@ -243,7 +243,7 @@ _grading = (*_fields(JudgeSettings, 'judge_model'), 'device', 'dtype')
 _judged = ('digest', 'weights', 'asks_for_grade')
 _adapter = ('models/adapter_model.safetensors', 'models/adapter_config.json')
 _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tokenizer*', 'special_tokens_map.json',
-                 'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state'))
+                 'added_tokens.json', 'chat_template*', 'vocab*', 'merges.txt', 'checkpoints*', 'state', 'tracking'))
 
 # %% ../nbs/loop/17_steps.ipynb #64146ce5
 STEPS = { # name: how it depends on what came before

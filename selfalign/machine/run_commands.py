@@ -16,6 +16,7 @@ from .files import BadInput, nearest, package_file, write_text
 from .processes import on_first, say
 from ..recipe import Recipe, read_recipe, recipe_names
 from ..report import write_report
+from ..tracking import track
 from ..results import drift_text, more_rounds, print_summary
 from ..run import Run, run_all
 from ..steps import STEPS
@@ -96,6 +97,7 @@ def cmd_run(
     run = run_all(make(), fresh)
     print_summary(run)
     say(f'all of it on one page: {on_first(lambda: write_report(run))}')
+    if run.r.report_to: on_first(lambda: track(run))
     if run.r.rounds>1: say(drift_text(more_rounds(run, make, fresh)))
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #a6d5fdcb

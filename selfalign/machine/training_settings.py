@@ -31,7 +31,7 @@ class TrainSettings(Settings):
     save_steps: int = setting(10, 'steps between two checkpoints', ge=1, affects_result=False)
     keep_state: bool = setting(False, 'keep optimizer, scheduler, random and trainer state in models/NAME/state/, to '
                                'train further later: three times the adapter in float32', affects_result=False)
-    report_to: str = setting('', 'trackers of transformers\' Trainer, such as "tensorboard wandb"; empty: none',
+    report_to: str = setting('', 'trackers of losses and evaluation, such as "tensorboard trackio"; empty: none',
                              affects_result=False)
 
 # %% ../../nbs/machine/18b_training_settings.ipynb #2e66b269
