@@ -370,6 +370,18 @@ def test_settings_are_not_compared_on_held_out_rows(tmp_path):
         with pytest.raises(BadInput, match='n_validation'): frontier('brief', **{'grid': 'beta=.1,.5', **kw}, root=tmp_path)
 
 
+def test_a_sweep_can_take_a_value_away(tmp_path, monkeypatch):
+    "`length_gap=` means none, not the recipe's"
+    from selfalign import results
+    from selfalign.recipe import read_recipe
+    seen = []
+    def caught(base, one, steps): seen.append((one.r.length_gap, one.r.beta)); raise BadInput('enough')
+    monkeypatch.setattr(results, 'train_beside', caught)
+    monkeypatch.setattr(results.Run, 'step', lambda *a, **k: None)
+    rows = results.frontier('brief', 'length_gap=,-3; beta=.5', tmp_path, 8)
+    assert read_recipe('brief').length_gap==-20 and seen==[(None, .1), (-3, .1), (-20, .5)] and [r['failed'] for r in rows]==['enough']*3
+
+
 def test_the_committed_choices_are_of_training_rows(splits):
     "The frontier's settings were compared on training instructions; the answers that are reported are held out"
     folder = repo_file('models/gemma3-270m-brief')

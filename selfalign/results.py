@@ -21,7 +21,7 @@ from .machine.settings import checked
 from .audit import audit, audit_data
 from .evaluate import by_model, compare, length_text
 from .llm import load
-from .recipe import Recipe, read_recipe
+from .recipe import EMPTY, Recipe, read_recipe
 from .run import Run, rows_of, run_all, summary
 from .sft import SFTSettings, warm_start
 from .steps import STEPS, graded_by
@@ -198,7 +198,7 @@ def train_beside(
 def _one_point(whole, base, make, point, name):
     "The row of one setting; of one that fails, why"
     try:
-        one = make(**{**point, 'name': name})
+        one = make(**{k: EMPTY if v is None else v for k,v in point.items()}, name=name)
         if all(getattr(whole.r, k)==v for k,v in point.items()): borrow(whole, one, TRAINED)
         train_beside(base, one, [s for s in STEPS if s!='evaluate'])
         return frontier_row(point, name, _graded(one, base))
