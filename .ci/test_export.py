@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from selfalign.export import export_gguf, export_merged, export_ollama, ollama_template, prefix_of, push, stage
+from selfalign.export import export_gguf, export_merged, export_ollama, merged_card, ollama_template, prefix_of, push, stage
 from selfalign.llm import load
 from selfalign.machine import cli
 from selfalign.machine.files import BadInput, read_json, repo_file, write_json
@@ -42,6 +42,7 @@ def test_a_merged_model_says_what_the_adapter_says_and_its_card_what_to_say_befo
     assert said(out)==said(adapter/'models/tuned')!=said(adapter/'base')
     card = (out/'README.md').read_text(encoding='utf-8')
     assert '`Коротко.`' in card and 'It is shorter.' in card and 'beta' not in card and 'vllm serve whole' in card
+    assert '`base` with an adapter' in card and str(adapter) not in card  # the base lies on this machine
     assert [p.name for p in (tmp_path/'a').iterdir()]==['whole'] and not (out/'adapter_config.json').exists()
     with pytest.raises(BadInput, match='whole: is there already'): export_merged(str(adapter/'base'), out)
 
@@ -92,6 +93,10 @@ def test_llama_cpp_says_what_a_tiny_gemma_2_says(gemma2, tmp_path):
     def said(llm): return [c.text for c, in llm.generate([llm.render(q, 'Отвечай кратко.') for q in asked], 1, Sampling(temperature=0, repetition_penalty=1., max_new_tokens=24))]
     here = said(load(gemma2))
     assert said(Server(engine.listening_address, gemma2))==here and len({*here})==3
+
+
+def test_a_gemma_s_card_has_its_terms():
+    assert 'Gemma Terms of Use' in merged_card('embedded-aligned', 'x', '') and 'Gemma' not in merged_card('instruct-aligned', 'x', '')
 
 
 def test_a_template_that_writes_turns_unlike_is_refused():

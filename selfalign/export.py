@@ -24,6 +24,7 @@ from .machine.hub import explain
 from .machine.names import origin, resolve, save_folder, stored_dtype
 from .machine.sampling import Sampling
 from .machine.templates import render, to_messages
+from .machine.trainer import GEMMA_TERMS
 from .llm import LLM, load
 from .style import DEFAULT_STYLE, load_style
 
@@ -80,14 +81,6 @@ def _found(adapter):
     m = re.search(r'^```python\n.*?^```\n(.*?)(?=^## Training|\Z)', card, re.S|re.M)
     return f'## What the training did\n\n{m[1].strip()}' if m and m[1].strip() else ''
 
-def _front(model, adapter, library):
-    "The first lines of a card: what the hub reads"
-    name = read_json(adapter/'adapter_config.json')['base_model_name_or_path'] if adapter else str(model)
-    base, licence = origin(name)
-    lines = [f'library_name: {library}', 'pipeline_tag: text-generation', base and f'base_model: {base}',
-             licence and f'license: {licence}']
-    return '---\n'+'\n'.join(x for x in lines if x)+'\n---'
-
 def merged_card(
     model:str, # As for `load`
     name:str, # Of the folder
@@ -95,12 +88,16 @@ def merged_card(
 )->str:
     "The README.md of a merged model"
     adapter = adapter_of(model)
-    base = origin(str(model))[0] or (adapter and read_json(adapter/'adapter_config.json')['base_model_name_or_path'])
-    what = (f'`{base or Path(model).name}` with an adapter of [selfalign](https://github.com/selfalign/selfalign) in '
-            'its weights.' if adapter else f'A copy of `{base or Path(model).name}`.')
+    name_ = read_json(adapter/'adapter_config.json')['base_model_name_or_path'] if adapter else str(model)
+    base, licence = origin(name_)
+    base = base or Path(name_).name # a path of this machine tells others nothing
+    what = (f'`{base}` with an adapter of [selfalign](https://github.com/selfalign/selfalign) in its weights.'
+            if adapter else f'A copy of `{base}`.')
+    head = ['library_name: transformers', 'pipeline_tag: text-generation', f'base_model: {base}'*('/' in base),
+            f'license: {licence}'*bool(licence)]
     said = f'It was trained with this system message, so put it before the question: `{system}`' if system else ''
-    parts = [_front(model, adapter, 'transformers'), f'# {name}', what, said, _SERVE.format(name), _found(adapter)]
-    return '\n\n'.join(p for p in parts if p)+'\n'
+    parts = ['---\n'+'\n'.join(filter(None, head))+'\n---', f'# {name}', what, said, _SERVE.format(name), _found(adapter)]
+    return '\n\n'.join(p for p in parts if p)+GEMMA_TERMS*(licence=='gemma')+'\n'
 
 # %% ../nbs/loop/19d_export.ipynb #7a25f9c2
 def export_merged(
