@@ -96,7 +96,8 @@ def merged_card(
     head = ['library_name: transformers', 'pipeline_tag: text-generation', f'base_model: {base}'*('/' in base),
             f'license: {licence}'*bool(licence)]
     said = f'It was trained with this system message, so put it before the question: `{system}`' if system else ''
-    parts = ['---\n'+'\n'.join(filter(None, head))+'\n---', f'# {name}', what, said, _SERVE.format(name), _found(adapter)]
+    front = '\n'.join(['---', *filter(None, head), '---'])
+    parts = [front, f'# {name}', what, said, _SERVE.format(name), _found(adapter)]
     return '\n\n'.join(p for p in parts if p)+GEMMA_TERMS*(licence=='gemma')+'\n'
 
 # %% ../nbs/loop/19d_export.ipynb #7a25f9c2
