@@ -192,7 +192,8 @@ def test_a_killed_export_leaves_no_half_model(whole):
             shutil.rmtree(whole/'again')
     done(whole, 'export', 'models/r', '--out', 'again')
     assert sorted(p.name for p in (whole/'again').iterdir())==names
-    for n in names: assert (whole/'merged'/n).read_bytes()==(whole/'again'/n).read_bytes(), n
+    def held(folder, n): return (whole/folder/n).read_bytes().replace(folder.encode()*(n=='README.md') or b'\0none', b'X')  # the card names its folder
+    for n in names: assert held('merged', n)==held('again', n), n
     assert [p.name for p in writes()]==['again']
 
 
