@@ -85,6 +85,11 @@ def test_memory_is_asked_for_before_anything_is_loaded(monkeypatch):
     with pytest.raises(BadInput, match='both models: .* GB of memory are needed'): demo.both_models('embedded-aligned', 'embedded')
 
 
+def test_of_several_answers_the_first_are_shown_once():
+    made = [[dict(prompt_id=k, prompt=k, completion=f'{who}{k}{i}', sample=i) for k in 'аб' for i in range(2)] for who in 'xy']
+    assert [(r['id'], {r['left'], r['right']}) for r in sheet_rows(*made)]==[(k, {f'x{k}0', f'y{k}0'}) for k in 'аб']
+
+
 def test_a_name_of_a_person_is_no_path(tmp_path):
     assert verdicts_file(tmp_path, '../../etc/passwd').parent==tmp_path and verdicts_file(tmp_path, ' ').name=='verdicts_anybody.json'
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .machine.files import BadInput, hash01, package_file, read_json, write_text
 from .machine.statistics import finite, mean_or_none, share_interval
+from .inference import paired
 from .style import Style
 
 # %% ../nbs/loop/15_people.ipynb #7bf2cb5f
@@ -28,11 +29,9 @@ def sheet_rows(
     seed:int=0, # Seed of the sides
 )->list: # Rows `id, prompt, left, right`; equal answers are left out
     "What a person sees"
-    pol, rows = {r['prompt_id']: r for r in policy}, []
-    for r in reference:
-        k = r['prompt_id']
-        if k not in pol: continue
-        a, b = r['completion'], pol[k]['completion']
+    rows = []
+    for r,p in paired(reference, policy): # the first answers, where there are several
+        k, a, b = r['prompt_id'], r['completion'], p['completion']
         left, right = (b, a) if left_side(k, seed) else (a, b)
         if a.strip()!=b.strip(): rows.append(dict(id=k, prompt=r['prompt'], left=left, right=right))
     return rows
