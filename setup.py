@@ -29,7 +29,8 @@ class BuildWithFiles(build_py):
             else: shutil.copy(src, dst)
 
 
-dev, *extras = (split(cfg[f'{k}_requirements']) for k in ('dev', 'embedded', 'qlora', 'bertscore', 'server', 'export', 'demo', 'tracking'))
+dev = split(cfg['dev_requirements'])
+extras = {k: split(cfg[f'{k}_requirements']) for k in ('embedded', 'qlora', 'bertscore', 'server', 'export', 'demo', 'tracking')}
 instruct = split(cfg['instruct_requirements'])  # a gigabyte: not part of `dev`
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -40,8 +41,7 @@ setup(
     packages=find_packages(include=[lib, lib+'.*']), include_package_data=True, cmdclass={'build_py': BuildWithFiles},
     python_requires='>='+cfg['min_python'],
     install_requires=split(cfg['requirements']),
-    extras_require={'dev': sum(extras, dev), 'instruct': instruct,
-                    **dict(zip(('embedded', 'qlora', 'bertscore', 'server', 'export', 'demo', 'tracking'), extras))},
+    extras_require={'dev': sum(extras.values(), dev), 'instruct': instruct, **extras},
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     entry_points={'console_scripts': split(cfg['console_scripts']), 'nbdev': [f'{lib}={lib}._modidx:d']},
 )

@@ -21,11 +21,12 @@ from .machine.capacity import need_space
 from .machine.clean import clean_message
 from .machine.files import BadInput, read_json, write_json, write_text
 from .machine.hub import explain
-from .machine.names import origin, resolve, save_folder, stored_dtype
+from .machine.names import model_files, origin, resolve, save_folder, stored_dtype
 from .machine.sampling import Sampling
+from .machine.server import load_tokenizer
 from .machine.templates import render, to_messages
 from .machine.trainer import GEMMA_TERMS
-from .llm import LLM, load
+from .llm import load
 from .style import DEFAULT_STYLE, load_style
 
 # %% ../nbs/loop/19d_export.ipynb #3b7dc658
@@ -154,14 +155,8 @@ def export_gguf(
 
 def _own_vocabulary(model, folder):
     "Copy the SentencePiece file of a model that has one: for Gemma-2 the converter reads nothing else"
-    where = resolve(str(model))[0]
-    if Path(where).is_dir(): f = Path(where)/'tokenizer.model'
-    else:
-        from huggingface_hub import try_to_load_from_cache
-        from selfalign.machine.hub import split_revision
-        name, rev = split_revision(str(where))
-        f = try_to_load_from_cache(name, 'tokenizer.model', revision=rev)
-    if isinstance(f, (str, Path)) and Path(f).exists(): shutil.copy(f, folder/'tokenizer.model')
+    f = model_files(resolve(str(model))[0])/'tokenizer.model' # the model was read, so its files are here
+    if f.exists(): shutil.copy(f, folder/f.name)
 
 # %% ../nbs/loop/19d_export.ipynb #f63f1b20
 _SAID = 'qqsystemqq', 'qqasksqq', 'qqanswersqq', 'qqagainqq'
@@ -189,16 +184,17 @@ def ollama_template(
 # %% ../nbs/loop/19d_export.ipynb #3dddc45a
 def modelfile(
     file:str, # Name of the GGUF file, beside it
-    llm:LLM, # The model
+    tok, # Tokenizer with a chat template
+    stop:list, # Tokens that end an answer
     system:str='', # As of `prefix_of`
     s:Sampling=Sampling(), # How it is to answer unless told otherwise
 )->str:
     "A Modelfile for `ollama create`"
     def param(k, v): return f'PARAMETER {k} {v}'
-    stops = [param('stop', f'"{llm.tok.decode([i])}"') for i in llm.stop]
+    stops = [param('stop', f'"{tok.decode([i])}"') for i in stop]
     rest = [param('temperature', s.temperature), param('top_k', s.top_k), param('top_p', s.top_p),
             param('repeat_penalty', s.repetition_penalty), param('num_predict', s.max_new_tokens)]
-    first = [f'FROM ./{file}', f'TEMPLATE """{ollama_template(llm.tok)}"""']
+    first = [f'FROM ./{file}', f'TEMPLATE """{ollama_template(tok)}"""']
     return '\n'.join([*first, *([f'SYSTEM """{system}"""'] if system else []), *stops, *rest])+'\n'
 
 def export_ollama(
@@ -212,7 +208,7 @@ def export_ollama(
     out = new_place(out)
     with made_beside(out) as d:
         file = export_gguf(model, d/out.name/'model.gguf', precision, adapter)
-        write_text(file.parent/'Modelfile', modelfile(file.name, load(model, adapter, 'cpu'), system))
+        write_text(file.parent/'Modelfile', modelfile(file.name, *load_tokenizer(model)[:2], system))
     return out
 
 # %% ../nbs/loop/19d_export.ipynb #22bf9af7

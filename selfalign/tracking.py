@@ -8,7 +8,7 @@ __all__ = ['scalars', 'shown_answers', 'track']
 # %% ../nbs/loop/19f_tracking.ipynb #e6a0b550
 import os
 
-from .machine.files import BadInput, read_json, read_jsonl
+from .machine.files import read_json, read_jsonl
 from .machine.trainer import PROJECT, tracking_place
 from .evaluate import by_model
 from .inference import paired, side_by_side
@@ -29,37 +29,37 @@ def scalars(
 
 # %% ../nbs/loop/19f_tracking.ipynb #fd47ed70
 def shown_answers(
-    run:Run, # A finished run
+    ref:list, # Graded answers of the reference
+    pol:list, # Graded answers of the policy
     n:int=8, # How many instructions, from the first
 )->list: # Rows `instruction, before, after, tokens before, tokens after, grade before, grade after`
     "The first held-out instructions with both answers"
-    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     def row(a, b): return {'instruction': a['prompt'], 'before': a['completion'], 'after': b['completion'],
                            **{f'tokens {w}': r['n_tokens'] for w,r in (('before', a), ('after', b))},
                            **{f'grade {w}': r['score'] for w,r in (('before', a), ('after', b))}}
     return [row(a, b) for a,b in paired(ref, pol)[:n]]
 
 # %% ../nbs/loop/19f_tracking.ipynb #3f3e4c6e
-def _tensorboard(run, found, rows):
+def _tensorboard(run, found, ref, pol):
     import torch
     from torch.utils.tensorboard import SummaryWriter
-    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     with SummaryWriter(str(tracking_place(run.models))) as w:
         for k,v in found.items(): w.add_scalar(k, v)
         for when,answers in (('before', ref), ('after', pol)):
             w.add_histogram(f'answers/tokens {when}', torch.tensor([float(r['n_tokens']) for r in answers]))
             scores = [float(r['score']) for r in answers if r['score'] is not None]
             if scores: w.add_histogram(f'answers/grade {when}', torch.tensor(scores))
-        w.add_text('answers', side_by_side(ref, pol, len(rows)))
+        w.add_text('answers', side_by_side(ref, pol, 8))
 
-def _trackio(run, found, rows):
+def _trackio(run, found, ref, pol):
     import pandas as pd, trackio
     trackio.init(project=PROJECT, name=run.r.name, resume='allow', embed=False)
-    trackio.log({**found, 'answers': trackio.Table(dataframe=pd.DataFrame(rows))})
+    trackio.log({**found, 'answers': trackio.Table(dataframe=pd.DataFrame(shown_answers(ref, pol)))})
     trackio.finish()
 
-def _wandb(run, found, rows):
+def _wandb(run, found, ref, pol):
     import wandb
+    rows = shown_answers(ref, pol)
     table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows]) if rows else None
     with wandb.init(project=os.environ.get('WANDB_PROJECT', PROJECT), name=run.r.name) as w:
         w.log({**found, **({'answers': table} if table else {})})
@@ -71,11 +71,13 @@ def track(
     run:Run, # A finished run
 )->list: # Names of the trackers that got it
     "Send the evaluation to the trackers of the recipe; one that fails costs a line, not the run"
-    done = []
-    for name in [n for n in run.r.report_to.split() if n in _TO]:
+    done, names = [], [n for n in run.r.report_to.split() if n in _TO]
+    if not names: return done
+    found = scalars(read_json(run.data/'evaluation.json'))
+    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
+    for name in names:
         try:
-            _TO[name](run, scalars(read_json(run.data/'evaluation.json')), shown_answers(run))
+            _TO[name](run, found, ref, pol)
             done.append(name)
-        except BadInput: raise
         except Exception as e: print(f'report_to: {name} took nothing ({type(e).__name__}: {str(e)[:120]})', flush=True)
     return done

@@ -17,7 +17,7 @@ from fastcore.script import Param, store_true
 from .bench import bench, bench_table, topics
 from .doctor import doctor, doctor_text
 from .files import BadInput, existing_file, nearest, read_json, read_jsonl, write_json
-from .names import model_key
+from .names import base_of, model_key
 from .processes import say
 from .run_commands import (RECIPE, SEED, cmd_dpo, cmd_recipes, cmd_run, cmd_styles, given_keys, run_of,
                                             step_command, whole)
@@ -193,11 +193,11 @@ def cmd_compare(
     if not (sheet or verdicts): raise BadInput('compare: give --sheet FILE.html, or the files it saved as --verdicts')
     for f in verdicts or (): existing_file(f)
     run = _finished(name, 'answers_graded.jsonl', root)
-    ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     shown = sheet_of(run, seed)
     if sheet:
         say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet), run.style)}; equal answers are left out')
     if verdicts:
+        ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
         scores = {r['prompt_id']: r['score'] for r in ref}
         def gain(r): return None if None in (r['score'], scores[r['prompt_id']]) else r['score']-scores[r['prompt_id']]
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
@@ -354,7 +354,7 @@ def cmd_chat(
 def _base_of(model):
     "The model an adapter was trained on"
     folder = adapter_of(model) if not Path(model).is_dir() or (Path(model)/'adapter_config.json').exists() else None
-    if folder: return read_json(folder/'adapter_config.json').get('base_model_name_or_path') or ''
+    if folder: return base_of(folder, model)
     raise BadInput(f'{model}: no adapter, so there is no model below it; name the folder of one, such as '
                    'models/quickstart')
 

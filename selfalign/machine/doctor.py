@@ -19,7 +19,7 @@ from .capacity import bfloat16_speed, free_memory, pick_device, processor
 from .clean import clean_message
 from .files import BadInput
 from .hub import cache_dir, offline
-from .names import model_bytes, resolve, stored_dtype
+from .names import model_bytes, model_files, resolve, stored_dtype
 
 # %% ../../nbs/machine/20c_doctor.ipynb #5364ebc0
 def finding(
@@ -88,9 +88,7 @@ def _model_finding(name):
     except BadInput as e: return finding(name, 'not here', False, clean_message(e, 200))
     if Path(where).exists():
         return finding(name, f'{model_bytes(name)/1e9:.1f} GB of weights, stored in {stored_dtype(where)}')
-    from huggingface_hub import try_to_load_from_cache
-    name_, _, rev = str(where).partition('@')
-    if isinstance(try_to_load_from_cache(name_, 'config.json', revision=rev or None), str):
+    if model_files(where):
         return finding(name, f'in the cache of the hub, {model_bytes(name)/1e9:.1f} GB of weights')
     do = 'unset HF_HUB_OFFLINE, or name a local folder' if offline() else 'it is fetched at the first use'
     return finding(name, 'not here yet', False if offline() else None, do)

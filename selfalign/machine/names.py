@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARM_START', 'ALIGNED', 'INSTRUCT', 'BRIEF', 'join_parts', 'check_gguf', 'save_folder', 'tie_again', 'convert_gguf',
-           'embedded_base', 'embedded_instruct', 'resolve', 'base_name', 'origin', 'measured_in', 'check_adapter',
-           'model_key', 'revision', 'pinned', 'stored_dtype', 'model_bytes']
+           'embedded_base', 'embedded_instruct', 'resolve', 'base_of', 'base_name', 'origin', 'measured_in',
+           'check_adapter', 'model_key', 'revision', 'pinned', 'model_files', 'stored_dtype', 'model_bytes']
 
 # %% ../../nbs/machine/06d_names.ipynb #91d6ff77
 import hashlib, json, math, os, shutil
@@ -203,8 +203,8 @@ def _converted(p):
     "The cached folder of a GGUF file; other bytes give another folder"
     return convert_gguf(p, cache_dir()/f'{p.stem}-{content_digest(check_gguf(p))[:16]}')
 
-def _base(p, model):
-    "The model that an adapter's configuration names"
+def base_of(p:Path, model:str)->str:
+    "The model that the configuration of an adapter, in the folder `p`, names; `model` is what an error calls it"
     cfg = read_json(p/'adapter_config.json')
     base, rev = (cfg.get(k) for k in ('base_model_name_or_path', 'revision')) if isinstance(cfg, dict) else (None, None)
     if not isinstance(base, str) or not base:
@@ -215,7 +215,7 @@ def _base(p, model):
 
 def _on_its_base(p, model, seen):
     "The base that an adapter's configuration names, and the adapters up to this one"
-    base, me = _base(p, model), p.resolve()
+    base, me = base_of(p, model), p.resolve()
     if me in seen: raise BadInput(f'{model}: an adapter of an adapter of itself (base_model_name_or_path)')
     try: where, adapters = resolve(base, (*seen, me))
     except BadInput as e:
@@ -337,15 +337,15 @@ def _hub_file(where):
     f = try_to_load_from_cache(name, 'config.json', revision=rev)
     return Path(f).parent if isinstance(f, str) else None
 
-def _files(where):
-    "The folder of a model's files on this machine, or None"
+def model_files(where)->Path:
+    "The folder of a model's files, by its folder or hub id; None if they are not on this machine"
     return Path(where) if Path(where).exists() else _hub_file(where)
 
 def stored_dtype(
     where, # Folder or hub id, of `resolve`
 )->str: # Such as `bfloat16`; None where nothing says it
     "The precision of a model's files, by its configuration"
-    folder = _files(where)
+    folder = model_files(where)
     try: cfg = read_json(folder/'config.json') if folder and (folder/'config.json').is_file() else None
     except BadInput: return None # whoever reads the model says what is wrong with it
     said = (cfg.get('dtype') or cfg.get('torch_dtype')) if isinstance(cfg, dict) else None
@@ -358,7 +358,7 @@ def model_bytes(
 )->int: # 0: not on this machine yet, so not known
     "Bytes that a model's weights will take in memory"
     where, _ = resolve(str(model))
-    folder = _files(where)
+    folder = model_files(where)
     n, size = 0., pick_device(dtype=dtype, stored=stored_dtype(where))[1].itemsize
     for f in folder.glob('*.safetensors') if folder else ():
         for name, shape in _shapes(f).items():
