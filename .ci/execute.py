@@ -34,7 +34,7 @@ def run(fn):
     k = CaptureShell(fn, mpl_format='png')
     try: k.run_all(nb, exc_stop=True, preproc=lambda c: c.id in skip)
     except Exception: sys.exit(k.prettytb(fname=fn))
-    clean_nb(nb)
+    clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
     write_nb(nb, fn)
 
 

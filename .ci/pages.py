@@ -1,6 +1,7 @@
 """The limits a page keeps, so that it can be read: `python .ci/pages.py [nbs/loop/06_judge.ipynb ...]` (all pages unless named).
 
-Code lines are counted without blank lines, comments and directives; words are those of the prose cells."""
+Code lines are counted without blank lines, comments, directives and the folded solutions of exercises; words are those of
+the prose cells."""
 import ast, json, re, statistics, sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ root = Path(__file__).resolve().parent.parent
 most = dict(width=120, page=400, function=45, cell=60)
 loop = dict(median=4, words=3.5, used=.70)
 directive = re.compile(r'^\s*#\|')
+solution = re.compile(r'^#\| code-summary: Solution$', re.M)
 export = re.compile(r'^\s*#\|\s*exports?\b', re.M)
 
 
@@ -45,7 +47,8 @@ def page(fn):
     codes = [s for k,s in cs if k=='code']
     sizes = [len(code_lines(s)) for s in codes]
     names = [(n, codes[i+1] if i+1<len(codes) else '') for i,s in enumerate(codes) for n in exported(s)]
-    return dict(page=sum(sizes), cell=max(sizes, default=0), sizes=[n for n in sizes if n],
+    folded = sum(n for n,s in zip(sizes, codes) if solution.search(s))
+    return dict(page=sum(sizes)-folded, cell=max(sizes, default=0), sizes=[n for n in sizes if n],
                 words=sum(len(s.split()) for k,s in cs if k=='markdown'),
                 function=max((f for s in codes for f in functions(s)), key=lambda f: f[1], default=('', 0)),
                 wide=[l for s in codes for l in s.splitlines() if len(l)>most['width']],

@@ -1,5 +1,5 @@
 "Pages stay readable, and the house keeps its two wings."
-import ast, re
+import ast, json, re
 from pathlib import Path
 
 import pages
@@ -28,6 +28,20 @@ def order(wing):
 
 @pytest.mark.parametrize('fn', nbs, ids=lambda p: str(p.relative_to(root/'nbs')))
 def test_page_keeps_its_limits(fn): assert not list(pages.faults(fn, measured[fn]))
+
+
+@pytest.mark.parametrize('fn', [p for p in nbs if p.parent.name=='loop'], ids=lambda p: p.stem)
+def test_a_page_of_the_loop_ends_with_three_exercises(fn):
+    "Each a task and a solution, which is folded in the docs, in Jupyter and in Colab"
+    cs = json.loads(fn.read_text(encoding='utf-8'))['cells']
+    start = [i for i,c in enumerate(cs) if ''.join(c['source']).startswith('## Exercises')]
+    assert len(start)==1
+    ex = cs[start[0]:-1]
+    assert [c['cell_type'] for c in ex]==['markdown', 'code']*3
+    assert all(f'**{k}.** ' in ''.join(c['source']) for k,c in enumerate(ex[::2], 1))
+    for c in ex[1::2]:
+        assert ''.join(c['source']).startswith('#| code-fold: true\n#| code-summary: Solution\n')
+        assert c['metadata']=={'cellView': 'form', 'jupyter': {'source_hidden': True}}
 
 
 def test_the_loop_explains_itself():
