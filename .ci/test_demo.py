@@ -69,7 +69,7 @@ def test_a_run_is_demonstrated_with_its_own_settings_and_its_verdicts_are_those_
     file = verdicts_file(seen['folder'], 'я')
     while (row := next_row(file, seen['rows'])[0]): vote(file, seen['rows'], 'я', row['id'], 'tie')
     capsys.readouterr()
-    assert cli.main(['compare', 'r', '--verdicts', str(file)])==0 and json.loads(capsys.readouterr().out)['each'][0]['ties']==len(seen['rows'])
+    assert cli.main(['compare', 'r', '--verdicts', str(file), '--json'])==0 and json.loads(capsys.readouterr().out)['each'][0]['ties']==len(seen['rows'])
     for line,why in ((['demo', 'tiny'], 'no adapter, so there is no model below it'), (['demo', 'nobody'], 'no such model')):
         assert cli.main(line)==2 and why in capsys.readouterr().err, line
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .machine.files import BadInput, nearest, read_jsonl, write_json
 from .machine.statistics import interval_text, mean_or_none
+from .machine.terminal import table_text
 from .candidates import sample
 from .evaluate import by_model, compare, held_out_mix, red_flags
 from .judge import JudgeSettings, grade
@@ -226,8 +227,8 @@ def baselines_text(
 )->str:
     "Both tables, a way a column"
     mine = beside_table(rows)
-    more = '' if mine.empty else f'\n\nThe run beside each way\n{mine.T.to_string()}'
-    return f'{baselines_table(rows).T.to_string()}{more}'
+    more = '' if mine.empty else f'\n\nThe run beside each way\n{table_text(mine.T)}'
+    return f'{table_text(baselines_table(rows).T)}{more}'
 
 # %% ../nbs/loop/19b_baselines.ipynb #b253f55f
 def plot_baselines(

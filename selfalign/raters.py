@@ -15,6 +15,7 @@ from .machine.files import BadInput, nearest
 from .machine.scoring import answer_ids
 from .machine.statistics import finite, interval_text, mean_or_none, t_quantile
 from .machine.tables import is_missing, read_table
+from .machine.terminal import table_text
 from .audit import audit_misfit, audit_table, chosen_on, find_audit
 from .judge import ALONE, JudgeSettings, grade, without_consensus
 
@@ -278,7 +279,7 @@ def scores_text(
     alpha = interval_text(found['raters']) or 'not known, for fewer than 10'
     return '\n'.join([
         f'{found["answers"]} answers to {found["prompts"]} prompts; rank correlation with people\'s mean score '
-        '(95% interval over prompts)', scores_table(found).to_string(), *(
+        '(95% interval over prompts)', table_text(scores_table(found)), *(
             f'{c}: no correlation: {r["why"]}' for c,r in found['criteria'].items() if r['why']),
         *(f'{v}: {n} answers got no grade' for v,n in lost.items()),
         f'people among themselves (ordinal alpha): {alpha}; {found["raters"]["n"]} times several scored the same'])
@@ -292,7 +293,7 @@ def audit_text(
     pairs = [f'\nagrees with {a["whose"]} in {a["agreement"]:.2f} of {a["n"]} pairs ({a["ci"][0]:.2f} to '
              f'{a["ci"][1]:.2f}); longest wins {a["longest_wins"]:.2f}, shortest wins {a["shortest_wins"]:.2f}\n'
              for a in agreed[:1]]
-    return '\n'.join([audit_table({found['mode']: found}).to_string(), chosen_on(found), *(pairs or ['']),
+    return '\n'.join([table_text(audit_table({found['mode']: found})), chosen_on(found), *(pairs or ['']),
                       *(found['findings'] or ['detects all of these corruptions'])])
 
 # %% ../nbs/loop/09d_raters.ipynb #8c59135f

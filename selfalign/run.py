@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .machine.files import file_digest, locked, read_json, read_jsonl
 from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
+from .machine.terminal import table_text
 from .evaluate import by_model, length_text, table
 from .steps import STEPS, compared_on, judges_said
 from .checks import check_rows, check_run
@@ -150,7 +151,7 @@ def summary(
     for k in list(ref)[:n]:
         lines += ['', f'> {ref[k]["prompt"]}', f'  before ({ref[k]["n_tokens"]} tokens): {ref[k]["completion"]}',
                   f'  after  ({pol[k]["n_tokens"]} tokens): {pol[k]["completion"]}']
-    lines += ['', table(ev, run.style).to_string(), '',
+    lines += ['', table_text(table(ev, run.style)), '',
               f'{length_text(ev["shorter"])} on {ev["n"]} {compared_on(run.r)}']
     lines += [*judges_said(ev), *(f'warning: {w}' for w in ev['warnings'])]
     steps = run.record['steps'].values()

@@ -44,7 +44,8 @@ ABOUT = { # what `selfalign --help` says of each command
     'ask': 'Ask one question',
     'chat': 'A conversation; /reset forgets it, an empty line ends it',
     'demo': 'Ask both models side by side in the browser, and choose blindly',
-    'doctor': 'What is installed, what this machine can do, what a recipe needs, what to do about it'}
+    'doctor': 'What is installed, what this machine can do, what a recipe needs, what to do about it',
+    'completion': 'Print what makes a shell complete commands and options: bash, zsh, fish'}
 
 def usage()->str:
     "The list of commands"
@@ -59,7 +60,7 @@ _parted = ('run', 'sft', 'data', 'candidates', 'judge', 'pairs', 'dpo', 'referen
            'evaluate') # what several processes can do together
 _resumed = ('dpo', 'sft') # go on from a checkpoint if they are told to
 _at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'export', 'ask',
-            'chat', 'demo', 'doctor') # keep nothing to go on from (audit does with --out)
+            'chat', 'demo', 'doctor', 'completion') # keep nothing to go on from (audit does with --out)
 
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb
 def _parser(name):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd_baselines', 'cmd_report', 'cmd_compare',
-           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat', 'cmd_demo', 'cmd_doctor']
+           'cmd_qa', 'cmd_bench', 'cmd_export', 'cmd_ask', 'cmd_chat', 'cmd_demo', 'cmd_doctor', 'cmd_completion']
 
 # %% ../../nbs/machine/21_commands.ipynb #990354c0
-import json
 import webbrowser
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
-from fastcore.script import Param, store_true
+from fastcore.script import Param, anno_parser, store_true
 
 from .bench import bench, bench_table, topics
 from .doctor import doctor, doctor_text
@@ -23,6 +23,7 @@ from .run_commands import (RECIPE, SEED, cmd_dpo, cmd_recipes, cmd_run, cmd_styl
                                             step_command, whole)
 from .sampling import Sampling
 from .settings import checked
+from .terminal import aside, json_text, table_text
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
@@ -35,12 +36,12 @@ from ..inference import answers, chat, stream
 from ..instructions import InstructionSettings
 from ..judge import MODES
 from ..llm import load
-from ..people import people_summary, read_verdicts, write_sheet
+from ..people import people_summary, people_text, read_verdicts, write_sheet
 from ..raters import audit_scores, audit_text, check_enough, known_mix, read_scores, scores_text
 from ..truth import add_truth, truth_questions, truth_text
-from ..recipe import Recipe, check_name, recorded
+from ..recipe import Recipe, check_name, recipe_names, recorded
 from ..report import write_report
-from ..results import frontier, learning_curve
+from ..results import curve_table, frontier, frontier_table, learning_curve
 from ..run import Run
 from ..sft import SFTSettings, warm_start
 from ..steps import STEPS, answer_sampling
@@ -56,11 +57,13 @@ def cmd_sft(
     set:str='', # Settings of the warm start, such as "grading_rows=720 epochs=1.7"
     seed:SEED=42, # Of the order and the grading rows
     resume:store_true=False, # Go on from the last checkpoint of an interrupted training
+    json:store_true=False, # Print the record of the training as JSON and nothing else
 ):
     "Warm start: teach a base model to answer and to judge (SFT)"
     given = dict(part.partition('=')[::2] for part in set.split())
-    settings = checked(SFTSettings, given, 'sft: --set')
-    warm_start(Path(root)/'models'/check_name(name, 'sft'), data, model, load_style(style), settings, seed, resume)
+    settings, out = checked(SFTSettings, given, 'sft: --set'), Path(root)/'models'/check_name(name, 'sft')
+    with aside(json): warm_start(out, data, model, load_style(style), settings, seed, resume)
+    if json: say(json_text(read_json(out/'run.json')))
 
 def cmd_curve(
     sizes:str='0 90 270', # Numbers of grading rows to try beside the warm start's own; 0: no warm start
@@ -71,13 +74,15 @@ def cmd_curve(
     style:str=DEFAULT_STYLE, # The scale it was taught
     mode:Param('The judge\'s mode', str, choices=MODES[:2])='digits',
     limit:whole(1)=40, # How many held-out answers to corrupt, at most
+    json:store_true=False, # Print the rows as JSON and nothing else
 ):
     "Does the judge learn from its grading rows? Warm starts with fewer of them, audited alike"
     try: ns = {int(n) for n in sizes.split()}
     except ValueError:
         raise BadInput(f'curve: sizes is {sizes!r}; it must be whole numbers, such as "0 90 270"') from None
     if min(ns, default=0)<0: raise BadInput('curve: sizes must be 0 or more')
-    learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
+    with aside(json): rows = learning_curve(ns, check_name(name, 'curve'), root, data, model, style, mode, limit)
+    print(json_text(rows) if json else table_text(curve_table(rows)))
 
 # %% ../../nbs/machine/21_commands.ipynb #e4735086
 def cmd_audit(
@@ -118,7 +123,7 @@ def cmd_audit(
     if asked: res = add_truth(res, llm, asked, gold or data, scale, samples, seed, out, said)
     res.update(dict(served=llm.name) if server else dict(model=model_key(adapter or model)))
     if out: write_json(out, res)
-    print(_json(res) if json else scores_text(res) if rated else audit_text(res))
+    print(json_text(res) if json else scores_text(res) if rated else audit_text(res))
     if asked and not json: print(truth_text(res['truth']))
 
 def _check_parts(scores, **parts):
@@ -133,8 +138,6 @@ def _server(url, model, served='', **kw):
     from selfalign.machine.server import Server
     return Server(url, model, served, **kw)
 
-def _json(o): return json.dumps(o, ensure_ascii=False)
-
 # %% ../../nbs/machine/21_commands.ipynb #afc6525c
 def cmd_frontier(
     recipe:RECIPE='quickstart',
@@ -142,10 +145,12 @@ def cmd_frontier(
     root:str='.', # Folder with data/ and models/
     limit:str=None, # Use at most so many instructions
     n_validation:whole(1)=40, # Training instructions set aside to compare on
+    json:store_true=False, # Print the rows as JSON and nothing else
 ):
     "Compare settings on one set of candidates and grades; draw length against quality"
     if not grid.split(): raise BadInput('frontier: --grid is empty; it must be keys and values, such as "beta=.1,.5"')
-    frontier(recipe, grid, root, n_validation, limit=limit)
+    with aside(json): rows = frontier(recipe, grid, root, n_validation, limit=limit)
+    print(json_text(rows) if json else table_text(frontier_table(rows)))
 
 def cmd_baselines(
     recipe:RECIPE='quickstart',
@@ -153,17 +158,20 @@ def cmd_baselines(
     limit:str=None, # Use at most so many instructions
     set:str=None, # Other keys of the recipe, as for run
     only:str='', # Some of them, with commas between, such as "prompt 1, best of 4"
+    json:store_true=False, # Print every number as JSON and nothing else
 ):
     "What would a user do instead of training? Prompts, the best of n, other trainings, beside the run"
     over = given_keys(set, recipe, limit=limit)
     def make(**kw): return run_of(recipe, root, {**over, **kw})
     run = make()
-    rows = baselines(run, make, only)
-    print(baselines_text(rows))
-    fig, out = plot_baselines(rows), run.data/'baselines.png'
-    fig.savefig(out, dpi=110)
-    say(f'every number with its interval: {out.with_suffix(".json")}; drawn in {out.name}')
-    say(f'beside the run on one page: {write_report(run)}')
+    with aside(json):
+        rows = baselines(run, make, only)
+        print(baselines_text(rows))
+        fig, out = plot_baselines(rows), run.data/'baselines.png'
+        fig.savefig(out, dpi=110)
+        say(f'every number with its interval: {out.with_suffix(".json")}; drawn in {out.name}')
+        say(f'beside the run on one page: {write_report(run)}')
+    if json: print(json_text(rows))
 
 def _finished(name, file, root):
     "A run that has come so far"
@@ -188,6 +196,7 @@ def cmd_compare(
     sheet:str=None, # Write the blind A/B page here, such as sheet.html
     root:str='.', # Folder with data/
     seed:SEED=0, # Of the sides
+    json:store_true=False, # Print what people chose as JSON
 ):
     "People's verdicts: write a blind A/B sheet, or read what they chose"
     if not (sheet or verdicts): raise BadInput('compare: give --sheet FILE.html, or the files it saved as --verdicts')
@@ -195,13 +204,15 @@ def cmd_compare(
     run = _finished(name, 'answers_graded.jsonl', root)
     shown = sheet_of(run, seed)
     if sheet:
-        say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet), run.style)}; equal answers are left out')
+        with aside(json):
+            say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet), run.style)}; equal answers are left out')
     if verdicts:
         ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
         scores = {r['prompt_id']: r['score'] for r in ref}
         def gain(r): return None if None in (r['score'], scores[r['prompt_id']]) else r['score']-scores[r['prompt_id']]
         judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
-        print(_json(people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)))
+        found = people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)
+        print(json_text(found) if json else people_text(found))
 
 # %% ../../nbs/machine/21_commands.ipynb #b584728e
 def cmd_qa(
@@ -211,6 +222,7 @@ def cmd_qa(
     max_chars:whole(10)=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)
     root:str='.', # Folder with data/ and models/
+    json:store_true=False, # Print the evaluation as JSON and nothing else
 ):
     "Question answering with gold answers: has the aligned model lost anything?"
     run = _finished(name, 'run.json', root)
@@ -225,14 +237,16 @@ def cmd_qa(
     def said(label, llm):
         return answers(rows, llm, run.data/f'qa_{label}.jsonl', label, s, run.style.system, run.r.seed,
                        run.r.batch_size, f'{label} answers')
-    both = [said('reference', run.model()), said('policy', run.load(run.models))]
+    with aside(json): both = [said('reference', run.model()), said('policy', run.load(run.models))]
     for rs in both if bert else ():
         scores = bert_f1([r['completion'] for r in rs], [gold[r['prompt_id']] for r in rs], bert, run.r.device or None)
         for r,b in zip(rs, scores): r['bert'] = b
     ev = compare(*both, run.style, gold)
     out = run.models/('qa.json' if data=='embedded' else f'qa_{Path(data).stem}.json')
-    write_json(out, {'data': Path(data).name if Path(data).exists() else data, 'bert': bert, **ev})
-    print(table(ev, run.style).to_string())
+    found = {'data': Path(data).name if Path(data).exists() else data, 'bert': bert, **ev}
+    write_json(out, found)
+    if json: return print(json_text(found))
+    print(table_text(table(ev, run.style)))
     say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {out}')
 
 def cmd_bench(
@@ -257,9 +271,9 @@ def cmd_bench(
     remote = _server(server, model, concurrency=128) if server else None
     for t in todo:
         res[t] = bench(t, llm, model, rounds, limit, remote)
-        if not json: print(bench_table({t: res[t]}).to_string(), flush=True)
+        if not json: print(table_text(bench_table({t: res[t]})), flush=True)
         if out: write_json(Path(out), {**kept, t: res[t]})
-    if json: print(_json({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
+    if json: print(json_text({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
 
 # %% ../../nbs/machine/21_commands.ipynb #581d63f4
 def _exported(name, root):
@@ -281,6 +295,7 @@ def cmd_export(
     public:store_true=False, # hub: everybody may see it
     dry_run:store_true=False, # hub: only say what would go where
     root:str='.', # Folder with data/ and models/
+    json:store_true=False, # Print what was written, or goes where, as JSON
 ):
     "Take a model elsewhere: one folder, a file for llama.cpp, a folder for Ollama, the hub"
     model, need = _exported(name, root), 'repo' if to=='hub' else 'out'
@@ -291,14 +306,15 @@ def cmd_export(
             raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
         rows = push(model, repo, 'model', public, dry_run)
         if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
-        return print(_lines(rows))
+        return print(json_text(rows) if json else _lines(rows))
     system = prefix_of(adapter or model, style)
-    if to=='merged': made = export_merged(model, out, dtype, adapter, system)
-    elif to=='gguf': made = export_gguf(model, out, precision, adapter)
-    else: made = export_ollama(model, out, precision, adapter, system)
+    with aside(json):
+        if to=='merged': made = export_merged(model, out, dtype, adapter, system)
+        elif to=='gguf': made = export_gguf(model, out, precision, adapter)
+        else: made = export_ollama(model, out, precision, adapter, system)
     then = dict(merged=f'vllm serve {made}', gguf=f'llama-server -m {made}',
                 ollama=f'ollama create {made.name} -f {made}/Modelfile')[to]
-    print(f'{made}\nnext: {then}')
+    print(json_text(dict(made=str(made), next=then)) if json else f'{made}\nnext: {then}')
 
 def _sampling(**given): return replace(Sampling(), **{k: v for k,v in given.items() if v is not None})
 
@@ -394,10 +410,34 @@ def cmd_doctor(
 ):
     "What is installed, what this machine can do, what a recipe needs, what to do about it"
     rows = doctor(recipe)
-    print(_json(rows) if json else doctor_text(rows))
+    print(json_text(rows) if json else doctor_text(rows))
     amiss = [r['what'] for r in rows if r['fine'] is False]
     if amiss: raise BadInput(f'doctor: not in order: {", ".join(amiss)}')
 
+
+# %% ../../nbs/machine/21_commands.ipynb #c357567f
+_FILES = ('data', 'out', 'sheet', 'verdicts', 'pairs', 'scores', 'model', 'adapter', 'style', 'recipe')
+
+def _completed(name, command):
+    "The parser of a command, with what its options stand for"
+    import shtab
+    parser = anno_parser(command, f'selfalign {name}')
+    for a in parser._actions:
+        if a.dest=='root': a.complete = shtab.DIRECTORY
+        if a.dest in _FILES and not a.choices: a.complete = shtab.FILE
+        if a.dest=='recipe': a.complete = {**shtab.FILE, 'bash': '_selfalign_recipes'}
+    return parser
+
+def cmd_completion(
+    shell:Param('The shell', str, choices=['bash', 'zsh', 'fish']), # bash, zsh or fish
+):
+    "Print what makes a shell complete commands and options: bash, zsh, fish"
+    import shtab
+    line = ArgumentParser('selfalign')
+    parts = line.add_subparsers()
+    for k,f in commands.items(): parts.add_parser(k, parents=[_completed(k, f)], add_help=False, help=f.__doc__)
+    names = ' '.join(recipe_names())
+    print(shtab.complete(line, shell, preamble=dict(bash=f'_selfalign_recipes() {{ compgen -f -W "{names}" -- "$1"; }}')))
 
 # %% ../../nbs/machine/21_commands.ipynb #b7207064
 def _all_commands():
@@ -406,7 +446,6 @@ def _all_commands():
     return {'run': cmd_run, **steps, 'dpo': cmd_dpo, 'recipes': cmd_recipes, 'styles': cmd_styles, 'sft': cmd_sft,
             'audit': cmd_audit, 'curve': cmd_curve, 'frontier': cmd_frontier, 'baselines': cmd_baselines,
             'report': cmd_report, 'compare': cmd_compare, 'qa': cmd_qa, 'bench': cmd_bench, 'export': cmd_export,
-            'ask': cmd_ask, 'chat': cmd_chat, 'demo': cmd_demo,
-            'doctor': cmd_doctor}
+            'ask': cmd_ask, 'chat': cmd_chat, 'demo': cmd_demo, 'doctor': cmd_doctor, 'completion': cmd_completion}
 
 commands = _all_commands()

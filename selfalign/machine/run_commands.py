@@ -6,14 +6,15 @@
 __all__ = ['SEED', 'RECIPE', 'whole', 'given_keys', 'run_of', 'cmd_run', 'step_command', 'cmd_dpo', 'cmd_recipes', 'cmd_styles']
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #c67418de
-import json
+import json as json_library
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 from fastcore.script import Param, store_true
 
-from .files import BadInput, nearest, package_file, write_text
+from .files import BadInput, nearest, package_file, read_json, write_text
 from .processes import on_first, say
+from .terminal import aside, json_text
 from ..recipe import Recipe, read_recipe, recipe_names
 from ..report import write_report
 from ..tracking import track
@@ -89,16 +90,26 @@ def cmd_run(
     set:str=None, # Other keys of the recipe, such as "rounds=2 n_test=128"
     fresh:store_true=False, # Begin anew instead of going on where it stopped
     plan:store_true=False, # Only say which steps would be done
+    json:store_true=False, # Print steps and evaluation as JSON and nothing else
 ):
     "The whole loop: data, candidates, judge, pairs, dpo, answer, evaluate"
     over = given_keys(set, recipe, data=data, model=model, style=style, limit=limit, seed=seed, server=server)
     def make(**kw): return run_of(recipe, root, {**over, **kw})
-    if plan: say(_plan_text(make())); return
-    run = run_all(make(), fresh)
-    print_summary(run)
-    say(f'all of it on one page: {on_first(lambda: write_report(run))}')
-    if run.r.report_to: on_first(lambda: track(run))
-    if run.r.rounds>1: say(drift_text(more_rounds(run, make, fresh)))
+    if plan: say(json_text(make().plan()) if json else _plan_text(make())); return
+    with aside(json):
+        run = run_all(make(), fresh)
+        print_summary(run)
+        say(f'all of it on one page: {on_first(lambda: write_report(run))}')
+        if run.r.report_to: on_first(lambda: track(run))
+        rounds = more_rounds(run, make, fresh) if run.r.rounds>1 else []
+        if rounds: say(drift_text(rounds))
+    if json: say(json_text(_result(run, rounds)))
+
+def _result(run, rounds):
+    "What a finished run has found, and where it lies"
+    where = {k: str(v) for k,v in dict(data=run.data, adapter=run.models, report=run.data/'report.html').items()}
+    more = dict(rounds=rounds) if rounds else {}
+    return dict(name=run.r.name, **where, steps=run.record['steps'], evaluation=read_json(run.data/'evaluation.json'), **more)
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #a6d5fdcb
 RECIPE = Param('quickstart, brief, instruct, gemma-2-2b-it, or a YAML file', str, opt=False, nargs='?')
@@ -117,11 +128,17 @@ def step_command(
         seed:str=None, # Of sampling and training
         server:str=None, # Server that answers and grades, as for run
         set:str=None, # Other keys of the recipe, as for run
+        json:store_true=False, # Print the step's counts as JSON and nothing else
     ):
         over = given_keys(set, recipe, data=data, model=model, style=style, limit=limit, seed=seed, server=server)
-        run_of(recipe, root, over).step(step, force=True)
+        _one_step(run_of(recipe, root, over), step, json)
     cmd.__doc__ = f'Only the step {step}: writes {STEPS[step].writes}'
     return cmd
+
+def _one_step(run, step, json):
+    "Do a step again"
+    with aside(json): run.step(step, force=True)
+    if json: say(json_text(run.record['steps'][step]))
 
 def cmd_dpo(
     recipe:RECIPE='quickstart',
@@ -131,11 +148,12 @@ def cmd_dpo(
     seed:str=None, # Of the training
     set:str=None, # Other keys of the recipe, as for run
     resume:store_true=False, # Go on from the last checkpoint of an interrupted training with the same settings
+    json:store_true=False, # Print the step's counts as JSON and nothing else
 ):
     "Only the step dpo: writes models/<name>/"
     run = run_of(recipe, root, given_keys(set, recipe, model=model, style=style, seed=seed))
     run.resume = resume
-    run.step('dpo', force=True)
+    _one_step(run, 'dpo', json)
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #b82bfe31
 def _shipped(kind, name, names, out):
@@ -157,7 +175,7 @@ def cmd_recipes(
     schema:store_true=False, # Print the JSON schema of a recipe, for editors
 ):
     "List the recipes, or print or copy one"
-    if schema: print(json.dumps(Recipe.model_json_schema(), ensure_ascii=False, indent=1)); return
+    if schema: print(json_library.dumps(Recipe.model_json_schema(), ensure_ascii=False, indent=1)); return
     _shipped('recipes', name, recipe_names(), out)
 
 def cmd_styles(

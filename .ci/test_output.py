@@ -1,0 +1,128 @@
+"What commands print: JSON alone where it is asked for, tables that fit a terminal, and what a shell completes."
+import json, os, pty, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from selfalign.machine import cli
+from selfalign.machine.files import read_json
+from selfalign.machine.tiny import tiny
+
+RECIPE = ('model: tiny\ndata: q.jsonl\njudge: likelihood\nmax_new_tokens: 24\nmargin: 0\nn_prompts: 8\nn_test: 4\nlora_r: 2\n'
+          'max_length: 400\nmicro_batch: 2\ntrain_batch: 2\n')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A finished run of a tiny random model, and a file of verdicts on it"
+    from selfalign.instructions import load_instructions
+    folder, before = tmp_path_factory.mktemp('output'), os.getcwd()
+    os.chdir(folder)
+    tiny('tiny')
+    rows = [dict(id=r['prompt_id'], prompt=r['prompt'], split=r['split']) for r in load_instructions('embedded')[0][:24]]
+    Path('q.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    Path('g.jsonl').write_text('\n'.join(json.dumps(dict(prompt=f'Сколько ног у {k} пауков?', gold=str(8*k))) for k in range(2, 30)), encoding='utf-8')
+    Path('r.yml').write_text(RECIPE)
+    yield folder
+    os.chdir(before)
+
+
+def told(capsys, *line):
+    "What a command says on both outputs"
+    capsys.readouterr()
+    assert cli.main(list(line))==0
+    return capsys.readouterr()
+
+
+@pytest.fixture(scope='module')
+def finished(run):
+    "What `run --json` prints, in a process of its own"
+    r = subprocess.run([sys.executable, '-m', 'selfalign.machine.cli', 'run', 'r.yml', '--json'], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    return r
+
+
+def test_a_run_prints_its_record_and_evaluation_and_says_the_rest_elsewhere(finished):
+    found = json.loads(finished.stdout)
+    assert found['evaluation']==read_json('data/r/evaluation.json') and found['steps']==read_json('data/r/run.json')['steps']
+    assert Path(found['report']).exists() and found['adapter']=='models/r'
+    assert re.search(r'^dpo ', finished.stderr, re.M) and 'talk to it' in finished.stderr
+
+
+def verdicts(name='r'):
+    "A file of verdicts as the sheet saves it"
+    from selfalign.demo import next_row, sheet_of, verdicts_file, vote
+    from selfalign.recipe import read_recipe
+    from selfalign.run import Run
+    rows = sheet_of(Run(read_recipe('r.yml')))
+    file = verdicts_file(Path('data/r'), 'я')
+    while (row := next_row(file, rows)[0]): vote(file, rows, 'я', row['id'], 'left')
+    return str(file)
+
+
+def lines():
+    "Every command that prints numbers, with its options"
+    return {'evaluate': ['r.yml'], 'pairs': ['r.yml'], 'qa': ['r', '--data', 'g.jsonl', '--limit', '4'],
+            'compare': ['r', '--verdicts', verdicts()], 'doctor': ['quickstart'], 'bench': ['sampling', '--model', 'tiny', '--limit', '2', '--rounds', '1'],
+            'audit': ['--model', 'tiny', '--mode', 'likelihood', '--limit', '4'], 'export': ['r', '--out', 'whole'],
+            'frontier': ['r.yml', '--grid', 'beta=.5', '--n_validation', '3'], 'baselines': ['r.yml', '--only', 'prompt 1']}
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'pairs', 'qa', 'compare', 'doctor', 'bench', 'audit', 'export', 'frontier', 'baselines'])
+def test_json_is_the_whole_output(finished, capsys, command):
+    said = told(capsys, command, *lines()[command], '--json')
+    assert json.loads(said.out) and len(said.out.splitlines())==1, said.out
+
+
+def test_people_get_words(finished, capsys):
+    said = told(capsys, 'compare', 'r', '--verdicts', verdicts()).out
+    assert 'я: ' in said and 'win rate of the aligned model: ' in said and '{' not in said
+    assert 'measure' in told(capsys, 'qa', 'r', '--data', 'g.jsonl', '--limit', '4').out
+
+
+def in_terminal(argv, **env):
+    "What a command writes to a terminal 60 columns wide"
+    import fcntl, struct, termios
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
+    keep = {k: v for k,v in os.environ.items() if k not in ('COLUMNS', 'NO_COLOR', 'TERM')}
+    p = subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *argv], stdout=theirs, stderr=subprocess.DEVNULL, env={**keep, 'TERM': 'xterm-256color', **env})
+    os.close(theirs)
+    said = b''
+    while True:
+        try: more = os.read(mine, 65536)
+        except OSError: break
+        if not more: break
+        said += more
+    os.close(mine)
+    assert p.wait()==0
+    return said.decode()
+
+
+def test_a_table_fits_its_terminal_and_has_no_colours_where_they_are_not_wanted(finished):
+    argv = ['qa', 'r', '--data', 'g.jsonl', '--limit', '4']
+    said = in_terminal(argv)
+    table = re.sub(r'\x1b\[[\d;]*m', '', said).splitlines()
+    rule = [i for i,l in enumerate(table) if '──' in l][0]
+    assert '\x1b[' in said and all(len(l)<=60 for l in table[:rule+4])
+    assert '\x1b[' not in in_terminal(argv, TERM='dumb') and '\x1b[3' not in in_terminal(argv, NO_COLOR='1')
+
+
+def test_bash_completes_commands_options_recipes_and_files(finished, tmp_path, capsys):
+    script = tmp_path/'selfalign.bash'
+    script.write_text(told(capsys, 'completion', 'bash').out)
+    def tries(*words):
+        line = f'source {script}; COMP_WORDS=({" ".join(words)} {chr(39)*2 if len(words)<3 else ""}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _shtab_selfalign; echo "${{COMPREPLY[@]}}"'
+        return subprocess.run(['bash', '--norc', '-c', line], capture_output=True, text=True, check=True).stdout.split()
+    assert {'run', 'completion'}<={*tries('selfalign')}
+    assert {'quickstart', 'instruct', 'r.yml'}<={*tries('selfalign', 'run')}
+    assert tries('selfalign', 'run', '--li')==['--limit'] and tries('selfalign', 'export', '--to')==['--to']
+
+
+@pytest.mark.parametrize('shell', ['zsh', 'fish'])
+def test_other_shells_get_a_script_that_names_every_command(shell, capsys, tmp_path):
+    said = told(capsys, 'completion', shell).out
+    assert all(re.search(rf'\b{c}\b', said) for c in cli.ABOUT)
+    if shutil.which(shell):
+        (tmp_path/'s').write_text(said)
+        assert subprocess.run([shell, '-n', str(tmp_path/'s')], capture_output=True).returncode==0
