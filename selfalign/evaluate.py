@@ -52,9 +52,10 @@ def measure(
 )->dict: # One number for each of `MEASURES`; None where there is none
     "The numbers of one answer"
     t, f = r['completion'], r.get('features') or {}
-    in_script = float(style.in_script(t)) if any(c.isalpha() for c in t) else None
-    return dict(tokens=r['n_tokens'], chars=len(t), finished=float(r['finished']), in_script=in_script,
-                repetition=repetition(t), score=r.get('score'), pmi=f.get('pmi'), pmi_per_token=f.get('pmi_per_token'),
+    script = style.in_asked_script(r['prompt'], t)
+    return dict(tokens=r['n_tokens'], chars=len(t), finished=float(r['finished']), repetition=repetition(t),
+                in_script=None if script is None else float(script),
+                score=r.get('score'), pmi=f.get('pmi'), pmi_per_token=f.get('pmi_per_token'),
                 gold=gold_found(t, gold), **{f'qa_{k}': x for k,x in qa_scores(t, gold).items()}, qa_bert=r.get('bert'))
 
 # %% ../nbs/loop/14_evaluate.ipynb #2de1d92d

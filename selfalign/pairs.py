@@ -37,9 +37,7 @@ def unfit(
     if not r['finished']: return 'unfinished'
     if repetition(txt)>most: return 'repeats itself'
     if style.begs(txt): return 'asks for its grade'
-    asked_in_script = any(c.isalpha() for c in r['prompt']) and style.in_script(r['prompt'])
-    free = not asked_in_script or style.wants_another_language(r['prompt'])
-    if not free and not style.in_script(txt): return 'another language'
+    if style.in_asked_script(r['prompt'], txt) is False: return 'another language'
 
 # %% ../nbs/loop/10_pairs.ipynb #13ce5a19
 class PairSettings(Settings):

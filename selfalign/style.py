@@ -241,6 +241,15 @@ def wants_another_language(self:Style,
     "Does it ask for an answer in another language than the style's?"
     return any(re.search(p, text, re.I) for p in self.asks_for_language)
 
+@patch
+def in_asked_script(self:Style,
+    prompt:str, # An instruction
+    answer:str, # Its answer
+)->bool: # None where nothing asks for a script: the instruction wants another language, or one of the two has no letters
+    "Is an answer in the script of the style, where its instruction is and wants no other?"
+    if not any(c.isalpha() for c in prompt) or not self.in_script(prompt) or self.wants_another_language(prompt): return
+    return self.in_script(answer) if any(c.isalpha() for c in answer) else None
+
 # %% ../nbs/loop/04_style.ipynb #630e8e11
 def _begins(txt, i):
     "Does a sentence begin at a place? A capital letter or a mark begins one where the full stop before it is missing"
