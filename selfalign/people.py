@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .machine.files import BadInput, hash01, package_file, read_json, write_text
 from .machine.statistics import finite, interval_text, mean_or_none, share_interval
+from .agreement import by_prompt
 from .inference import paired
 from .style import Style
 
@@ -84,17 +85,17 @@ def people_summary(
     verdicts:list, # Of `read_verdicts`
     judged:dict=None, # prompt_id: the judge's verdict in the same terms, 1, .5 or 0
 )->dict: # `win_rate`, `ci`, `n`, `each` (by person), `between` (agreement of two people), `judge` (with the judge)
-    "What people chose; the interval is over instructions"
+    "What people chose; intervals are over instructions"
     verdicts = [(p, {k: x for k,x in v.items() if finite(x) is not None}) for p,v in verdicts]
     ids = sorted({k for _,v in verdicts for k in v})
     b = share_interval([mean_or_none([v[k] for _,v in verdicts if k in v]) for k in ids])
     each = [dict(person=p, n=len(v), win_rate=mean_or_none(v.values()), ties=sum(x==.5 for x in v.values()))
             for p,v in verdicts]
     same = [float(v[k]==w[k]) for (_,v),(_,w) in itertools.combinations(verdicts, 2) for k in v if k in w]
-    decided = [float(x==judged[k]) for _,v in verdicts for k,x in v.items()
+    decided = [dict(prompt_id=k, right=float(x==judged[k])) for _,v in verdicts for k,x in v.items()
                if judged and judged.get(k) in (0, 1) and x!=.5]
     return dict(win_rate=b['mean'], ci=b['ci'], n=b['n'], each=each, between=dict(mean=mean_or_none(same), n=len(same)),
-                judge=share_interval(decided))
+                judge=by_prompt(decided, 'right'))
 
 # %% ../nbs/loop/15_people.ipynb #a7c10ce1
 def people_text(
@@ -103,9 +104,8 @@ def people_text(
     "What people chose, how far they agree with each other, and the judge with them"
     each = [f'{e["person"]}: {e["n"]} verdicts, win rate {e["win_rate"]:.2f}, {e["ties"]} ties'
             for e in found['each'] if e['n']]
-    between = found['between']
+    between, wins = found['between'], dict(mean=found['win_rate'], ci=found['ci'])
     agree = [f'two people agree in {between["mean"]:.2f} of {between["n"]} verdicts'] if between['n'] else []
-    judge = [f'the judge agrees in {interval_text(found["judge"])} of {found["judge"]["n"]} decided verdicts']
+    judge = [f'the judge agrees with them in {interval_text(found["judge"])}, on {found["judge"]["n"]} instructions']
     return '\n'.join([*each, *agree, *(judge if found['judge']['n'] else []),
-                      f'win rate of the aligned model: {interval_text(dict(mean=found["win_rate"], ci=found["ci"]))} on '
-                      f'{found["n"]} instructions'])
+                      f'win rate of the aligned model: {interval_text(wins)} on {found["n"]} instructions'])
