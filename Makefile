@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 env: $(VENV)/.ready
 
-$(VENV)/.ready: settings.ini setup.py constraints.txt
+$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "selfalign needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch

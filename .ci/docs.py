@@ -48,7 +48,14 @@ def fix_cell(c, page, names):
         if 'text/markdown' in d: d['text/markdown'] = fix_md(''.join(d['text/markdown']), page, names)
 
 
-def stage(proc, dest):
+def to_run(p, cfg):
+    "A line with links to a page's notebook, to be run in Colab or downloaded"
+    repo, at = re.sub('^https://github.com/', '', cfg.git_url), f'blob/{cfg.branch}/nbs/{p.as_posix()}'
+    said = f'[Open in Colab](https://colab.research.google.com/github/{repo}/{at}) · [the notebook]({cfg.git_url}/{at})'
+    return dict(cell_type='markdown', metadata={}, source=f'::: {{.to-run}}\n{said}\n:::')
+
+
+def stage(proc, dest, cfg):
     "Copy `proc` to `dest`, naming each notebook after the page that nbdev's links point to (its `output-file`)"
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(proc, dest, ignore=shutil.ignore_patterns('_docs', '_site'))
@@ -57,6 +64,7 @@ def stage(proc, dest):
     names = {p.as_posix(): called(p, nb).as_posix() for p,nb in nbs.items()}
     for p,nb in nbs.items():
         for c in nb['cells']: fix_cell(c, p, names)
+        if p.parent.name in ('loop', 'machine'): nb['cells'].insert(1, to_run(p, cfg))
         (dest/p).unlink()
         (dest/names[p.as_posix()]).write_text(json.dumps(nb))
     yml = (dest/'_quarto.yml').read_text()
@@ -137,7 +145,7 @@ if __name__=='__main__':
     refresh_quarto_yml()
     proc = proc_nbs(n_workers=2, force=True)
     st = cfg.config_path/'_proc_smalldocs'
-    stage(proc, st)
+    stage(proc, st, cfg)
     if smalldocs(['check', str(st)]) or smalldocs(['render', '--strict', '-q', str(st)]): sys.exit(1)
     out = cfg.config_path/(sys.argv[1] if len(sys.argv)>1 else cfg.doc_path.name)
     shutil.rmtree(out, ignore_errors=True)

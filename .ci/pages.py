@@ -1,8 +1,8 @@
 """The limits a page keeps, so that it can be read: `python .ci/pages.py [nbs/loop/06_judge.ipynb ...]` (all pages unless named).
 
-Code lines are counted without blank lines, comments, directives and the folded solutions of exercises; words are those of
-the prose cells."""
-import ast, json, re, statistics, sys
+Code lines are counted without blank lines, comments, directives, the folded solutions of exercises and the
+cell for Colab; words are those of the prose cells."""
+import ast, hashlib, json, re, statistics, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -11,6 +11,23 @@ loop = dict(median=4, words=3.5, used=.70)
 directive = re.compile(r'^\s*#\|')
 solution = re.compile(r'^#\| code-summary: Solution$', re.M)
 export = re.compile(r'^\s*#\|\s*exports?\b', re.M)
+
+
+def in_colab(url):
+    "The cell that installs the package in Colab, after the title of a page; `python .ci/pages.py --colab` writes it into all of them"
+    return ("#| hide\n#| eval: false\n# in Colab: the package and the embedded model\nif 'google.colab' in str(get_ipython()):\n"
+            f"    get_ipython().system('pip install -q \"selfalign[embedded] @ git+{url}\"')")
+
+
+def write_colab(fn, url):
+    "Put that cell after the title, where it is not there yet"
+    from execnb.nbio import mk_cell, read_nb, write_nb
+    nb, cell = read_nb(fn), mk_cell(in_colab(url), cell_type='code')
+    at = next(i for i,c in enumerate(nb.cells) if c.cell_type=='markdown')+1
+    nb.cells = nb.cells[:at]+[c for c in nb.cells[at:] if 'google.colab' not in c.source]
+    cell['id'] = hashlib.sha1(str(fn.relative_to(root)).encode()).hexdigest()[:8]
+    nb.cells.insert(at, cell)
+    write_nb(nb, fn)
 
 
 def cells(fn):
@@ -44,7 +61,7 @@ def exported(src):
 def page(fn):
     "What is measured of a page"
     cs = cells(fn)
-    codes = [s for k,s in cs if k=='code']
+    codes = [s for k,s in cs if k=='code' and 'google.colab' not in s]
     sizes = [len(code_lines(s)) for s in codes]
     names = [(n, codes[i+1] if i+1<len(codes) else '') for i,s in enumerate(codes) for n in exported(s)]
     folded = sum(n for n,s in zip(sizes, codes) if solution.search(s))
@@ -74,6 +91,10 @@ def together(ms):
 
 def main(args):
     "Print the measures; exit code 1 if a limit is broken"
+    if args==['--colab']:
+        from nbdev.config import get_config
+        for fn in [*(root/'nbs/loop').glob('*.ipynb'), *(root/'nbs/machine').glob('*.ipynb')]: write_colab(fn, get_config().git_url)
+        return 0
     pages = [Path(a) for a in args] or sorted((root/'nbs').rglob('*.ipynb'))
     ms = {fn: page(fn) for fn in pages}
     bad = 0

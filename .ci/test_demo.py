@@ -91,6 +91,7 @@ def test_of_several_answers_the_first_are_shown_once():
 
 
 def test_a_name_of_a_person_is_no_path(tmp_path):
+    assert len({verdicts_file(tmp_path, p) for p in ('Аня К.', 'Аня К!', 'Аня_К_', 'Аня К')})==4
     assert verdicts_file(tmp_path, '../../etc/passwd').parent==tmp_path and verdicts_file(tmp_path, ' ').name=='verdicts_anybody.json'
 
 

@@ -126,3 +126,19 @@ def test_other_shells_get_a_script_that_names_every_command(shell, capsys, tmp_p
     if shutil.which(shell):
         (tmp_path/'s').write_text(said)
         assert subprocess.run([shell, '-n', str(tmp_path/'s')], capture_output=True).returncode==0
+
+
+def test_a_tracker_gets_the_share_of_gold_answers():
+    from selfalign.machine.files import repo_file
+    from selfalign.tracking import scalars
+    ev = read_json(repo_file('models/gemma3-270m-brief/evaluation.json'))
+    assert scalars(ev)['evaluation/after/gold']==ev['policy']['measures']['gold']['mean']
+
+
+def test_a_plot_that_fails_leaves_no_figure_open():
+    import matplotlib.pyplot as plt
+    from selfalign.report import drawn
+    def fails(): plt.figure(); raise ValueError('a damaged file')
+    before = plt.get_fignums()
+    with pytest.raises(ValueError): drawn(fails, says='nothing')
+    assert plt.get_fignums()==before

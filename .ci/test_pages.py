@@ -42,6 +42,15 @@ def test_a_page_of_the_loop_ends_with_three_exercises(fn):
     for c in ex[1::2]:
         assert ''.join(c['source']).startswith('#| code-fold: true\n#| code-summary: Solution\n')
         assert c['metadata']=={'cellView': 'form', 'jupyter': {'source_hidden': True}}
+        assert not re.search(r'^(import|from) ', ''.join(c['source']), re.M)  # the docs would run the cell; imports are above
+
+
+@pytest.mark.parametrize('fn', [p for p in nbs if p.parent.name in ('loop', 'machine')], ids=lambda p: p.stem)
+def test_a_page_installs_the_package_in_colab_and_nowhere_else(fn):
+    from nbdev.config import get_config
+    cs = pages.cells(fn)
+    title = next(i for i,(kind,_) in enumerate(cs) if kind=='markdown')
+    assert [i for i,(_,s) in enumerate(cs) if 'google.colab' in s]==[title+1] and cs[title+1][1]==pages.in_colab(get_config().git_url)
 
 
 def test_the_loop_explains_itself():

@@ -23,7 +23,8 @@ def _pair(r, i, name):
         if not isinstance(r[c], str) or not r[c].strip(): raise BadInput(f'{name}, row {i}: {c} is empty')
     if w=='tie': return None
     good, bad = (r['left'], r['right']) if w=='left' else (r['right'], r['left'])
-    return dict(prompt_id=r['prompt'].strip(), prompt=r['prompt'].strip(), good=good.strip(), bad=bad.strip(), flaw=None)
+    prompt = r['prompt'].strip()
+    return dict(prompt_id=prompt, prompt=prompt, good=good.strip(), bad=bad.strip(), flaw=None)
 
 # %% ../nbs/loop/08b_agreement.ipynb #e1f3869e
 def read_pairs(

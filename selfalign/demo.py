@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from .machine.capacity import need_memory
-from .machine.files import BadInput, read_json, read_jsonl, write_json, write_jsonl
+from .machine.files import BadInput, hash01, read_json, read_jsonl, write_json, write_jsonl
 from .machine.names import model_bytes
 from .machine.sampling import Sampling
 from .llm import LLM, load
@@ -77,8 +77,10 @@ def verdicts_file(
     person:str, # Who chooses
 )->Path:
     "Where a person's verdicts are kept"
-    who = re.sub(r'[^\w-]+', '_', person.strip()) or 'anybody'
-    return Path(folder)/f'verdicts_{who}.json'
+    said = person.strip() or 'anybody'
+    who = re.sub(r'[^\w-]+', '_', said)
+    more = '' if who==said else f'_{hash01(said)*1e6:06.0f}' # two names are two files
+    return Path(folder)/f'verdicts_{who}{more}.json'
 
 def next_row(
     file:Path, # Of `verdicts_file`

@@ -74,10 +74,13 @@ def drawn(
     inks = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
     clear = dict.fromkeys(('axes.facecolor', 'figure.facecolor', 'legend.facecolor'), 'none')
     with plt.rc_context({**dict.fromkeys(inks, INK), **clear, 'svg.fonttype': 'none', 'svg.hashsalt': 'selfalign'}):
-        fig, out = plot(*args, **kw), io.StringIO()
-        fig = getattr(fig, 'figure', None) or fig
-        fig.savefig(out, format='svg', bbox_inches='tight', metadata=dict(Date=None))
-        plt.close(fig)
+        before = plt.get_fignums()
+        try:
+            fig, out = plot(*args, **kw), io.StringIO()
+            fig = getattr(fig, 'figure', None) or fig
+            fig.savefig(out, format='svg', bbox_inches='tight', metadata=dict(Date=None))
+        finally:
+            for n in {*plt.get_fignums()}-{*before}: plt.close(n) # also of a plot that failed
     svg = out.getvalue()
     svg = re.sub(r' (width|height)="[\d.]+pt"', '', svg[svg.index('<svg'):], count=2).replace(INK, 'currentColor')
     return Figure(Div(Safe(svg), cls='wide', role='img', aria_label=says), Figcaption(says))

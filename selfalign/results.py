@@ -139,7 +139,9 @@ def frontier_table(
     def cells(r):
         got = {c: percent(r, k) for c,k in SHARES.items() if r.get(k) is not None}
         return {'tokens': round(r['tokens']), **got} if 'tokens' in r else {'failed': r['failed']}
-    def named(r): return ' '.join(f'{k}={"" if v is None else v}' for k,v in r.items() if k in Recipe.model_fields and k!='name')
+    def named(r):
+        keys = [k for k in r if k in Recipe.model_fields and k!='name']
+        return ' '.join(f'{k}={"" if r[k] is None else r[k]}' for k in keys)
     index = pd.Index([named(r) for r in rows], name='setting')
     return pd.DataFrame([cells(r) for r in rows], index=index).astype(object).fillna('')
 

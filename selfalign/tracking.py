@@ -22,7 +22,8 @@ def scalars(
     res = {'shorter': ev['shorter']['mean']}
     for when,label in (('before', 'reference'), ('after', 'policy')):
         m = ev[label]
-        res |= {f'{when}/{k}': m.get(k) for k in ('mean_tokens', 'finished', 'in_script', 'score', 'gold')}
+        res |= {f'{when}/{k}': m.get(k) for k in ('mean_tokens', 'finished', 'in_script', 'score')}
+        res |= {f'{when}/gold': m['measures']['gold']['mean']}
     for who,e in (('judge', ev), ('second judge', ev.get('second') or {})):
         res |= {f'{who}/{k}': e.get(k) for k in ('win_rate', 'lc_win_rate')}
     return {f'evaluation/{k}': float(v) for k,v in res.items() if isinstance(v, (int, float))}

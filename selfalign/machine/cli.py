@@ -192,5 +192,4 @@ def main(
     return 0
 
 # %% ../../nbs/machine/22_cli.ipynb #7d9698c0
-#| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # not on this page

@@ -8,11 +8,10 @@ __all__ = ['commands', 'cmd_sft', 'cmd_curve', 'cmd_audit', 'cmd_frontier', 'cmd
 
 # %% ../../nbs/machine/21_commands.ipynb #990354c0
 import webbrowser
-from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
-from fastcore.script import Param, anno_parser, store_true
+from fastcore.script import Param, store_true
 
 from .bench import bench, bench_table, topics
 from .doctor import doctor, doctor_text
@@ -23,7 +22,7 @@ from .run_commands import (RECIPE, SEED, cmd_dpo, cmd_recipes, cmd_run, cmd_styl
                                             step_command, whole)
 from .sampling import Sampling
 from .settings import checked
-from .terminal import aside, json_text, table_text
+from .terminal import aside, completion, json_text, table_text
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
@@ -205,7 +204,8 @@ def cmd_compare(
     shown = sheet_of(run, seed)
     if sheet:
         with aside(json):
-            say(f'{len(shown)} instructions in {write_sheet(shown, Path(sheet), run.style)}; equal answers are left out')
+            out = write_sheet(shown, Path(sheet), run.style)
+            say(f'{len(shown)} instructions in {out}; equal answers are left out')
     if verdicts:
         ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
         scores = {r['prompt_id']: r['score'] for r in ref}
@@ -416,28 +416,12 @@ def cmd_doctor(
 
 
 # %% ../../nbs/machine/21_commands.ipynb #c357567f
-_FILES = ('data', 'out', 'sheet', 'verdicts', 'pairs', 'scores', 'model', 'adapter', 'style', 'recipe')
-
-def _completed(name, command):
-    "The parser of a command, with what its options stand for"
-    import shtab
-    parser = anno_parser(command, f'selfalign {name}')
-    for a in parser._actions:
-        if a.dest=='root': a.complete = shtab.DIRECTORY
-        if a.dest in _FILES and not a.choices: a.complete = shtab.FILE
-        if a.dest=='recipe': a.complete = {**shtab.FILE, 'bash': '_selfalign_recipes'}
-    return parser
-
 def cmd_completion(
     shell:Param('The shell', str, choices=['bash', 'zsh', 'fish']), # bash, zsh or fish
 ):
     "Print what makes a shell complete commands and options: bash, zsh, fish"
-    import shtab
-    line = ArgumentParser('selfalign')
-    parts = line.add_subparsers()
-    for k,f in commands.items(): parts.add_parser(k, parents=[_completed(k, f)], add_help=False, help=f.__doc__)
-    names = ' '.join(recipe_names())
-    print(shtab.complete(line, shell, preamble=dict(bash=f'_selfalign_recipes() {{ compgen -f -W "{names}" -- "$1"; }}')))
+    files = {'data', 'out', 'sheet', 'verdicts', 'pairs', 'scores', 'model', 'adapter', 'style'}
+    print(completion(commands, shell, files, {'root'}, dict(recipe=recipe_names())))
 
 # %% ../../nbs/machine/21_commands.ipynb #b7207064
 def _all_commands():

@@ -78,6 +78,7 @@ def _plan_text(run):
     todo, why = run.plan(), {2: 'to do: it has new inputs, or its files are not there', 1: 'to do, if its files change'}
     return '\n'.join(f'{s:<11} {why.get(todo.get(s), "finished")}' for s in STEPS)
 
+# %% ../../nbs/machine/20b_run_commands.ipynb #d048fdf7
 def cmd_run(
     recipe:str, # quickstart, brief, instruct, gemma-2-2b-it, a YAML file, or the folder data/NAME of a run
     root:str='.', # Folder in which data/ and models/ are made
@@ -109,7 +110,8 @@ def _result(run, rounds):
     "What a finished run has found, and where it lies"
     where = {k: str(v) for k,v in dict(data=run.data, adapter=run.models, report=run.data/'report.html').items()}
     more = dict(rounds=rounds) if rounds else {}
-    return dict(name=run.r.name, **where, steps=run.record['steps'], evaluation=read_json(run.data/'evaluation.json'), **more)
+    ev = read_json(run.data/'evaluation.json')
+    return dict(name=run.r.name, **where, steps=run.record['steps'], evaluation=ev, **more)
 
 # %% ../../nbs/machine/20b_run_commands.ipynb #a6d5fdcb
 RECIPE = Param('quickstart, brief, instruct, gemma-2-2b-it, or a YAML file', str, opt=False, nargs='?')
