@@ -39,7 +39,7 @@ def test_export_in_sync(tmp_path):
 @pytest.mark.parametrize('fn', nbs, ids=lambda p: str(p.relative_to(cfg.nbs_path)))
 def test_notebook_is_clean(fn):
     nb = read_nb(fn)
-    clean_nb(nb)
+    clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
     assert nb2str(nb)==fn.read_text(), f'{fn.name}: run nbdev_clean'
 
 

@@ -148,7 +148,7 @@ def test_every_share_of_the_project_has_it(style):
 # The evaluation's table
 
 def answers(model, scores, texts=None):
-    return [dict(prompt_id=str(i), prompt='q', completion=texts[i] if texts else 'да нет', model=model, n_tokens=3+i, finished=True,
+    return [dict(prompt_id=str(i), prompt='Вопрос?', completion=texts[i] if texts else 'да нет', model=model, n_tokens=3+i, finished=True,
                  score=s, features=None if s is None else dict(pmi=s, pmi_per_token=s)) for i,s in enumerate(scores)]
 
 

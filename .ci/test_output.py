@@ -78,6 +78,8 @@ def test_people_get_words(finished, capsys):
     said = told(capsys, 'compare', 'r', '--verdicts', verdicts()).out
     assert 'я: ' in said and 'win rate of the aligned model: ' in said and '{' not in said
     assert 'measure' in told(capsys, 'qa', 'r', '--data', 'g.jsonl', '--limit', '4').out
+    said = told(capsys, 'frontier', 'r.yml', '--grid', 'beta=.3', '--n_validation', '1').out   # one instruction has no interval
+    assert '1 of 1: r.frontier.beta0.3: ' in said and 'no interval' in said and 'beta=0.3' in said
 
 
 def in_terminal(argv, **env):

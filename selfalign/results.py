@@ -206,7 +206,7 @@ def frontier(
 
 def _point_text(r):
     "What a row says, in one line"
-    said = r.get('failed') or length_text(dict(mean=r['shorter'], ci=r['shorter_ci']))
+    said = r.get('failed') or length_text(dict(mean=r['shorter'], ci=r['shorter_ci'], n=r['n']))
     return f'{r["name"]}: {said}'
 
 def train_beside(

@@ -265,7 +265,7 @@ STEPS = { # name: how it depends on what came before
     'answer': Step(_do_answer, 'answers.jsonl', ('answers_reference.jsonl', *_adapter), _answering, ('system',),
                    ('model',), traces=('answers_policy*.jsonl',), parted=True),
     'evaluate': Step(_do_evaluate, 'evaluation.json', ('instructions.jsonl', 'answers.jsonl'), _grading,
-                     (*_judged, 'script'), ('judge_model', 'second_judge'), test_rows, ('prompt_id', 'gold'),
-                     also=('answers_graded.jsonl', 'report.md', 'evaluation.png', 'models/evaluation.json',
+                     (*_judged, 'script', 'asks_for_language'), ('judge_model', 'second_judge'), test_rows,
+                     ('prompt_id', 'gold'), also=('answers_graded.jsonl', 'report.md', 'evaluation.png', 'models/evaluation.json',
                            'models/README.md'), traces=('answers_second*.jsonl',)),
 }
