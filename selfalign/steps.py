@@ -266,6 +266,6 @@ STEPS = { # name: how it depends on what came before
                    ('model',), traces=('answers_policy*.jsonl',), parted=True),
     'evaluate': Step(_do_evaluate, 'evaluation.json', ('instructions.jsonl', 'answers.jsonl'), _grading,
                      (*_judged, 'script', 'asks_for_language'), ('judge_model', 'second_judge'), test_rows,
-                     ('prompt_id', 'gold'), also=('answers_graded.jsonl', 'report.md', 'evaluation.png', 'models/evaluation.json',
-                           'models/README.md'), traces=('answers_second*.jsonl',)),
+                     ('prompt_id', 'gold'), also=('answers_graded.jsonl', 'report.md', 'evaluation.png',
+                           'models/evaluation.json', 'models/README.md'), traces=('answers_second*.jsonl',)),
 }
