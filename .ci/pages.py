@@ -20,7 +20,7 @@ def in_colab(url):
 
 
 def write_colab(fn, url):
-    "Put that cell after the title, where it is not there yet"
+    "Put that cell after the title, in the place of an older one"
     from execnb.nbio import mk_cell, read_nb, write_nb
     nb, cell = read_nb(fn), mk_cell(in_colab(url), cell_type='code')
     at = next(i for i,c in enumerate(nb.cells) if c.cell_type=='markdown')+1

@@ -49,6 +49,15 @@ def merged(model, home):
     return save_folder(llm.model, llm.tok, folder)
 
 
+def ready(port, server, wait=600):
+    "Wait until a server on this machine answers; False if it ends before, or does not answer in time"
+    end = time.time()+wait
+    while time.time()<end and server.poll() is None:
+        try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2).read(); return True
+        except OSError: time.sleep(1)
+    return False
+
+
 def start(py, folder, port, log, pid, room, wait=600):
     "Start the server and wait until it is ready"
     cores = ','.join(map(str, sorted(os.sched_getaffinity(0))))  # all: left to itself, it keeps one for its scheduler
@@ -61,11 +70,7 @@ def start(py, folder, port, log, pid, room, wait=600):
     with open(log, 'w') as f:
         p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
     pid.write_text(str(p.pid))
-    end = time.time()+wait
-    while time.time()<end and p.poll() is None:
-        try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2).read(); return True
-        except OSError: time.sleep(1)
-    return False
+    return ready(port, p, wait)
 
 
 def stop(pid):

@@ -1,22 +1,20 @@
 "pyproject.toml is there for nbdev 3 and says nothing else than settings.ini; both versions write the same modules, where nbdev 3 is at hand."
 import filecmp, os, re, shutil, subprocess, tomllib
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
 
 root = Path(__file__).resolve().parent.parent
-ini = ConfigParser(delimiters=['='])
-ini.read(root/'settings.ini', encoding='utf-8')
-cfg, toml = ini['DEFAULT'], tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
+cfg, toml = get_config(), tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
 
 
 def test_what_stands_twice_is_the_same():
     project, nbdev = toml['project'], toml['tool']['nbdev']
-    assert [project[k] for k in ('name', 'description')]==[cfg['lib_name'], cfg['description']]
-    assert project['urls']=={'Repository': cfg['git_url']}
-    assert nbdev==dict(title=cfg['title'], tst_flags=cfg['tst_flags'], custom_sidebar=cfg['custom_sidebar']=='True',
-                       allowed_cell_metadata_keys=cfg['allowed_cell_metadata_keys'].split())
+    assert [project[k] for k in ('name', 'description')]==[cfg.lib_name, cfg.description]
+    assert project['urls']=={'Repository': cfg.git_url}
+    assert nbdev==dict(title=cfg.title, tst_flags=cfg.tst_flags, custom_sidebar=cfg.custom_sidebar,
+                       allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
 
 
 def test_all_else_comes_from_setup_py():

@@ -1,28 +1,23 @@
 "What commands print: JSON alone where it is asked for, tables that fit a terminal, and what a shell completes."
-import json, os, pty, re, shutil, subprocess, sys
+import json, os, pty, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
+from test_kill import prepare
 from selfalign.machine import cli
 from selfalign.machine.files import read_json
-from selfalign.machine.tiny import tiny
 
-RECIPE = ('model: tiny\ndata: q.jsonl\njudge: likelihood\nmax_new_tokens: 24\nmargin: 0\nn_prompts: 8\nn_test: 4\nlora_r: 2\n'
+RECIPE = ('model: tiny\ndata: q.csv\njudge: likelihood\nmax_new_tokens: 24\nmargin: 0\nn_prompts: 8\nn_test: 4\nlora_r: 2\n'
           'max_length: 400\nmicro_batch: 2\ntrain_batch: 2\n')
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "A finished run of a tiny random model, and a file of verdicts on it"
-    from selfalign.instructions import load_instructions
-    folder, before = tmp_path_factory.mktemp('output'), os.getcwd()
+def here(tmp_path_factory):
+    "A folder with a tiny random model, a recipe and questions with gold answers"
+    folder, before = prepare(tmp_path_factory.mktemp('output')/'here', RECIPE), os.getcwd()
     os.chdir(folder)
-    tiny('tiny')
-    rows = [dict(id=r['prompt_id'], prompt=r['prompt'], split=r['split']) for r in load_instructions('embedded')[0][:24]]
-    Path('q.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
     Path('g.jsonl').write_text('\n'.join(json.dumps(dict(prompt=f'Сколько ног у {k} пауков?', gold=str(8*k))) for k in range(2, 30)), encoding='utf-8')
-    Path('r.yml').write_text(RECIPE)
     yield folder
     os.chdir(before)
 
@@ -35,7 +30,7 @@ def told(capsys, *line):
 
 
 @pytest.fixture(scope='module')
-def finished(run):
+def finished(here):
     "What `run --json` prints, in a process of its own"
     r = subprocess.run([sys.executable, '-m', 'selfalign.machine.cli', 'run', 'r.yml', '--json'], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
@@ -49,33 +44,27 @@ def test_a_run_prints_its_record_and_evaluation_and_says_the_rest_elsewhere(fini
     assert re.search(r'^dpo ', finished.stderr, re.M) and 'talk to it' in finished.stderr
 
 
-def verdicts(name='r'):
-    "A file of verdicts as the sheet saves it"
+@pytest.fixture(scope='module')
+def verdicts(finished):
+    "A file of verdicts as the demo saves it"
     from selfalign.demo import next_row, sheet_of, verdicts_file, vote
     from selfalign.recipe import read_recipe
     from selfalign.run import Run
-    rows = sheet_of(Run(read_recipe('r.yml')))
-    file = verdicts_file(Path('data/r'), 'я')
+    rows, file = sheet_of(Run(read_recipe('r.yml'))), verdicts_file(Path('data/r'), 'я')
     while (row := next_row(file, rows)[0]): vote(file, rows, 'я', row['id'], 'left')
-    return str(file)
+    return file
 
 
-def lines():
-    "Every command that prints numbers, with its options"
-    return {'evaluate': ['r.yml'], 'pairs': ['r.yml'], 'qa': ['r', '--data', 'g.jsonl', '--limit', '4'],
-            'compare': ['r', '--verdicts', verdicts()], 'doctor': ['quickstart'], 'bench': ['sampling', '--model', 'tiny', '--limit', '2', '--rounds', '1'],
-            'audit': ['--model', 'tiny', '--mode', 'likelihood', '--limit', '4'], 'export': ['r', '--out', 'whole'],
-            'frontier': ['r.yml', '--grid', 'beta=.5', '--n_validation', '3'], 'baselines': ['r.yml', '--only', 'prompt 1']}
-
-
-@pytest.mark.parametrize('command', ['evaluate', 'pairs', 'qa', 'compare', 'doctor', 'bench', 'audit', 'export', 'frontier', 'baselines'])
-def test_json_is_the_whole_output(finished, capsys, command):
-    said = told(capsys, command, *lines()[command], '--json')
+@pytest.mark.parametrize('line', ['evaluate r.yml', 'pairs r.yml', 'qa r --data g.jsonl --limit 4', 'compare r --verdicts data/r/verdicts_я.json', 'doctor quickstart',
+    'bench sampling --model tiny --limit 2 --rounds 1', 'audit --model tiny --mode likelihood --limit 4', 'export r --out whole', 'frontier r.yml --grid beta=.5 --n_validation 3',
+    'baselines r.yml --only "prompt 1"'], ids=lambda l: l.split()[0])
+def test_json_is_the_whole_output(verdicts, capsys, line):
+    said = told(capsys, *shlex.split(line), '--json')
     assert json.loads(said.out) and len(said.out.splitlines())==1, said.out
 
 
-def test_people_get_words(finished, capsys):
-    said = told(capsys, 'compare', 'r', '--verdicts', verdicts()).out
+def test_people_get_words(verdicts, capsys):
+    said = told(capsys, 'compare', 'r', '--verdicts', str(verdicts)).out
     assert 'я: ' in said and 'win rate of the aligned model: ' in said and '{' not in said
     assert 'measure' in told(capsys, 'qa', 'r', '--data', 'g.jsonl', '--limit', '4').out
     said = told(capsys, 'frontier', 'r.yml', '--grid', 'beta=.3', '--n_validation', '1').out   # one instruction has no interval

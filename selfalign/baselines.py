@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from .machine.files import BadInput, nearest, read_jsonl, write_json
-from .machine.statistics import interval_text, mean_or_none
+from .machine.statistics import interval_text, mean_or_none, percent_text
 from .machine.terminal import table_text
 from .candidates import sample
 from .evaluate import by_model, compare, held_out_mix, red_flags
@@ -197,15 +197,14 @@ def short_table(
 ): # DataFrame, a way a row
     "Tokens of an answer and tokens written for it; shares and win rates in percent, those with 95% intervals"
     import pandas as pd
-    def pc(b): return '' if b['mean'] is None else f'{100*b["mean"]:.0f}'
-    def win(b): return pc(b)+('' if b['ci'][0] is None else f' ({100*b["ci"][0]:.0f}–{100*b["ci"][1]:.0f})')
+    def alone(b): return percent_text({**b, 'ci': (None, None)})
     def one(r):
         if 'failed' in r: return {'tokens': r['failed']}
-        wins = {f'{["wins", "2nd judge"][i>0]}{how}': '' if r['name']=='as it is' else win(v[k])
+        wins = {f'{["wins", "2nd judge"][i>0]}{how}': '' if r['name']=='as it is' else percent_text(v[k])
                 for i,v in enumerate(r['judges'].values())
                 for k,how in (('win_rate', ''), ('lc_win_rate', ' at equal length'))}
         return {'tokens': f'{r["tokens"]["mean"]:.0f}', 'written': f'{r["generated"]:.0f}',
-                'finished': pc(r['finished']), 'gold': pc(r['gold']), **wins}
+                'finished': alone(r['finished']), 'gold': alone(r['gold']), **wins}
     return pd.DataFrame([one(r) for r in rows], index=pd.Index([r['name'] for r in rows], name='way')).fillna('')
 
 # %% ../nbs/loop/19b_baselines.ipynb #b2e07b11

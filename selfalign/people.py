@@ -10,7 +10,7 @@ import hashlib, itertools, json
 from pathlib import Path
 
 from .machine.files import BadInput, hash01, package_file, read_json, write_text
-from .machine.statistics import finite, interval_text, mean_or_none, share_interval
+from .machine.statistics import finite, interval_text, mean_or_none
 from .agreement import by_prompt
 from .inference import paired
 from .style import Style
@@ -87,8 +87,7 @@ def people_summary(
 )->dict: # `win_rate`, `ci`, `n`, `each` (by person), `between` (agreement of two people), `judge` (with the judge)
     "What people chose; intervals are over instructions"
     verdicts = [(p, {k: x for k,x in v.items() if finite(x) is not None}) for p,v in verdicts]
-    ids = sorted({k for _,v in verdicts for k in v})
-    b = share_interval([mean_or_none([v[k] for _,v in verdicts if k in v]) for k in ids])
+    b = by_prompt([dict(prompt_id=k, wins=x) for _,v in verdicts for k,x in v.items()], 'wins')
     each = [dict(person=p, n=len(v), win_rate=mean_or_none(v.values()), ties=sum(x==.5 for x in v.values()))
             for p,v in verdicts]
     same = [float(v[k]==w[k]) for (_,v),(_,w) in itertools.combinations(verdicts, 2) for k in v if k in w]

@@ -11,6 +11,8 @@ import sys
 from argparse import ArgumentParser
 from contextlib import nullcontext, redirect_stdout
 
+from .tables import is_missing
+
 # %% ../../nbs/machine/01b_terminal.ipynb #9b61ce10
 def table_text(
     t, # DataFrame; its index is shown
@@ -31,7 +33,7 @@ def table_text(
 
 def _cell(x):
     "A value of a table; a number in four digits, nothing for none"
-    if x is None or x!=x: return ''
+    if is_missing(x): return ''
     return f'{x:.4g}' if isinstance(x, float) else str(x)
 
 # %% ../../nbs/machine/01b_terminal.ipynb #946f00c0
