@@ -1,5 +1,5 @@
 "A step is done again when something it reads has changed, and only then; and nothing is lost before everything has been checked. A tiny random model."
-import contextlib, io, json, os, shutil
+import contextlib, dataclasses, io, json, os, shutil
 
 import pytest
 
@@ -78,7 +78,7 @@ def another(k, v):
     choices = (f.json_schema_extra or {}).get('enum')
     if choices: return next(c for c in choices if c!=v)
     named = dict(style='formal-ru', data='other.jsonl', also_train='other.jsonl', model='tiny2', judge_model='tiny2', second_judge='tiny2', device='cpu', report_to='none', strategy='all', served='x',
-                 server='http://127.0.0.1:9', criteria_weights={'Полезность': 2.}, n_validation=2, n_test=3, lora_alpha=3, length_gap=-1., max_steps=1)
+                 server='http://127.0.0.1:9', criteria_weights={'Полезность': 2.}, n_validation=2, n_test=3, lora_alpha=3, length_gap=-1., max_steps=1, training_seed=7)
     if k in named: return named[k]
     if isinstance(v, (bool, int)): return (not v) if isinstance(v, bool) else v+1
     return next(x for x in (.1, .95, 1.5, 2e-4) if x!=v and fits(k, x))
@@ -90,7 +90,7 @@ reads = {  # by hand, not from STEPS: which steps a setting is an input of
     'judge': 'judge judge_model calibrate criteria_weights require_pmi style model device dtype server',
     'pairs': 'margin strategy pairs_per_prompt length_gap require_pmi max_length_ratio',
     'dpo': 'learning_rate lr_scheduler_type schedule_epochs epochs max_steps train_batch micro_batch lora_r lora_alpha max_length beta loss_type ld_alpha sft_weight label_smoothing bits '
-           'seed style model device dtype',
+           'seed training_seed style model device dtype',
     'reference': 'answer_samples answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens n_test n_validation seed style model device dtype server',
     'answer': 'answer_samples answer_temperature answer_top_k answer_top_p answer_repetition_penalty max_new_tokens seed style model device dtype',
     'evaluate': 'judge judge_model calibrate criteria_weights second_judge n_test n_validation style model device dtype server'}
@@ -117,6 +117,22 @@ def test_some_candidates_are_written_with_a_hint(here):
     for s in ('data', 'candidates'): quietly(r.step, s)
     hinted = texts()
     assert len(hinted)==len(plain) and all((a==b)==(i%4<3) for i,(a,b) in enumerate(zip(plain, hinted)))  # the last of four
+
+
+def test_a_setting_that_an_older_version_lacked_repeats_nothing_before_it_has_a_value(here, monkeypatch):
+    now = run().key('dpo')
+    older = dataclasses.replace(STEPS['dpo'], settings=tuple(k for k in STEPS['dpo'].settings if k!='training_seed'))
+    with monkeypatch.context() as m:
+        m.setitem(STEPS, 'dpo', older)
+        assert run().key('dpo')==now
+    assert run(training_seed=run().r.seed).plan()['dpo']==2  # given, even as what it was: nobody has to work out why it counts
+
+
+def test_the_seed_of_training_changes_the_adapter_and_not_the_candidates(here):
+    def adapter(): return (here/'models/r/adapter_model.safetensors').read_bytes()
+    before, files = adapter(), {f: (here/'data/r'/f).read_bytes() for f in ('candidates.jsonl', 'pairs.jsonl', 'answers_reference.jsonl')}
+    assert done(run(training_seed=7))==['dpo', 'answer', 'evaluate']
+    assert adapter()!=before and {f: (here/'data/r'/f).read_bytes() for f in files}==files
 
 
 def test_the_plan_is_what_is_done(here):

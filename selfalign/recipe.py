@@ -36,6 +36,8 @@ class RunSettings(Settings):
     data: str = setting('embedded', 'instructions: embedded, a hub id, or a file (.csv, .json, .jsonl, .parquet)')
     also_train: str = setting('', 'a further source, as data; its training rows come before those of data')
     seed: int = setting(42, 'of sampling, training and splitting', ge=0, le=2**32-1)
+    training_seed: int | None = setting(None, 'of training alone, to see how far chance moves a result; null: seed',
+                                        ge=0, le=2**32-1)
     rounds: int = setting(1, 'how often; each further round samples from the policy of the one before', ge=1, le=9)
     second_judge: str = setting('', 'another model that grades the held-out answers too; empty: none')
     device: str = setting('', 'cuda, cuda:1, mps or cpu; empty: the best there is')

@@ -208,7 +208,8 @@ def inputs(self:Run,
     for f in s.reads:
         if not self.path(f).exists():
             raise BadInput(f'{self.path(f)}: no such file; run `selfalign {_made_by(f)}` first')
-    res = dict(step=name, revision=s.revision, settings={k: getattr(self.r, k) for k in s.settings},
+    settings = {k: getattr(self.r, k) for k in s.settings if k not in s.newer or getattr(self.r, k) is not None}
+    res = dict(step=name, revision=s.revision, settings=settings,
                files={f: input_digest(self.path(f)) for f in s.reads if not (s.rows and f==STEPS['data'].writes)},
                models=self._models(s),
                style={k: self.style.digest() if k=='digest' else getattr(self.style, k) for k in s.style},

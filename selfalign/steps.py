@@ -125,7 +125,8 @@ def _do_dpo(run):
     if n_ranks()>1 and len(train)%r.train_batch:
         say(f'            {len(train)} pairs are no multiple of {r.train_batch}: with several processes '
             'the last step of each pass takes some pairs a second time')
-    log = train_dpo(train, llm, run.models, r.part(DPOSettings), run.style.system, r.seed, run.resume, 'dpo', eyes,
+    seed = r.seed if r.training_seed is None else r.training_seed
+    log = train_dpo(train, llm, run.models, r.part(DPOSettings), run.style.system, seed, run.resume, 'dpo', eyes,
                     run.data)
     run.llm = None # the adapter wraps it now
     on_first(lambda: model_card(run.models, _card_title(r)))
@@ -229,6 +230,7 @@ class Step:
     source:bool=False # Does it read the source of the instructions?
     parted:bool=False # Can several processes share it?
     revision:int=1 # Raised when new code writes something else from the same inputs
+    newer:tuple=() # Settings that older versions lacked: while they have no value, nothing is done again
 
     @property
     def products(self)->tuple:
@@ -257,9 +259,9 @@ STEPS = { # name: how it depends on what came before
     'pairs': Step(_do_pairs, 'pairs.jsonl', ('scores.jsonl',), _fields(PairSettings),
                   ('lang', 'script', 'asks_for_grade', 'asks_for_language'),
                   also=('data4alignment_train.csv', 'data4alignment_test.csv', 'README.md')),
-    'dpo': Step(_do_dpo, _adapter[0], ('pairs.jsonl',), ('seed', 'device', 'dtype', *_fields(DPOSettings)),
-                ('system',), ('model',), also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),
-                traces=(*_trained, 'watch.jsonl', 'ref_logps_*.json'), parted=True),
+    'dpo': Step(_do_dpo, _adapter[0], ('pairs.jsonl',), ('seed', 'training_seed', 'device', 'dtype',
+                *_fields(DPOSettings)), ('system',), ('model',), also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),
+                traces=(*_trained, 'watch.jsonl', 'ref_logps_*.json'), parted=True, newer=('training_seed',)),
     'reference': Step(_do_reference, 'answers_reference.jsonl', ('instructions.jsonl',), _answering, ('system',),
                       ('model',), test_rows, parted=True),
     'answer': Step(_do_answer, 'answers.jsonl', ('answers_reference.jsonl', *_adapter), _answering, ('system',),
