@@ -44,3 +44,34 @@ def test_no_token_is_shown(monkeypatch, offline):
     monkeypatch.setenv('HF_HUB_OFFLINE', offline)
     said = doctor_text(machine_findings())
     assert 'hf_very' not in said and ('with a token' in said or 'switched off' in said)
+
+
+def time_of(tmp_path, **keys):
+    "What is found about the time of a recipe"
+    (tmp_path/'r.yml').write_text(json.dumps(dict(model='embedded', data='embedded', n_prompts=8, n_test=4, max_new_tokens=32, **keys)))
+    return next(r for r in recipe_findings(str(tmp_path/'r.yml')) if r['what']=='r: time')
+
+
+def test_a_slower_machine_takes_longer(monkeypatch, tmp_path):
+    from selfalign.machine import hours
+    from selfalign.recipe import read_recipe
+    r = read_recipe('quickstart')
+    fast, slow = (hours.step_seconds(r, lambda dtype: p) for p in (2e11, 5e10))
+    assert fast.keys()==slow.keys() and all(abs(slow[k]/fast[k]-4)<1e-6 for k in fast)
+    assert time_of(tmp_path)['found'].startswith(('about ', 'less than a minute'))
+    monkeypatch.setattr(hours, 'pick_device', lambda *a: ('cuda', None))
+    assert time_of(tmp_path)==dict(what='r: time', found='not known: no run was timed on a GPU', fine=None, do='')
+
+
+def test_instructions_of_the_hub_are_not_fetched_for_an_estimate(monkeypatch, tmp_path):
+    from selfalign.machine import hours
+    monkeypatch.setattr(hours, 'check_rows', lambda *a: pytest.fail('the data set was asked for'))
+    found = time_of(tmp_path, also_train='OpenAssistant/oasst1')
+    assert found['fine'] is None and 'not known before the instructions are here' in found['found']
+
+
+def test_instructions_that_are_not_there_are_a_finding(tmp_path):
+    from selfalign.machine.doctor import _time_finding
+    from selfalign.recipe import read_recipe
+    found = _time_finding(read_recipe('quickstart', data='nowhere.csv'))
+    assert found['fine'] is False and 'nowhere.csv' in found['do']

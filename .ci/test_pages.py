@@ -7,7 +7,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 nbs = sorted((root/'nbs').rglob('*.ipynb'))
-on_top = 'run_commands', 'commands', 'cli', 'bench', 'bench_precision', 'bench_training', 'doctor'  # of both wings
+on_top = 'run_commands', 'commands', 'cli', 'bench', 'bench_precision', 'bench_training', 'doctor', 'hours'  # of both wings
 measured = {fn: pages.page(fn) for fn in nbs}
 
 

@@ -39,18 +39,18 @@ _NUMBER = r'(?<![\d.,])([1-5](?:[.,]\d{1,2})?)(?![\d])'
 
 @cache
 def _patterns(grade_words, scale_words, answer_words, range_words, of_words):
-    "Regular expressions: a grade after a word for it; a grade at the end of the reply"
+    "Regular expressions: a grade after a word for it; at the end of the reply a fraction of five; a lone number there"
     def either(*words): return '|'.join(w for w in words if w)
     def maybe(words, room): return rf'(?:(?:{words})\W{{0,{room}}})?' if words else ''
     grade = (rf'(?:{either(grade_words, "estimate|score|grade|rating")})\W{{0,12}}{maybe(scale_words, 8)}'
              rf'{maybe(answer_words, 5)}{_NUMBER}(?!\s*(?:{either(range_words, "-|–")})\s*\d)')
     no_range = ''.join(f'(?<!{w})' for w in range_words.split('|') if w)
-    last = (rf'(?:^|{no_range}[\s,;.!?*(\[«"])\**{_NUMBER}\**(?:\s*(?:{either("/", of_words)})\s*5)?\**[\s.)\]»"!]*$')
-    return re.compile(grade, re.I), re.compile(last)
+    end = r'\**[\s.)\]»"!]*$'
+    fraction = rf'{no_range}[\s,;.!?*(\[«"]\**{_NUMBER}\**\s*(?:{either("/", of_words)})\s*5{end}'
+    lone = rf'(?:[^\d\s][,;.!?][ \t]*|[^:=\s][ \t]*\n\s*)[*(\[«"]*{_NUMBER}{end}'
+    return re.compile(grade, re.I), re.compile(fraction), re.compile(lone)
 
 # %% ../nbs/loop/06_joint.ipynb #1baefaf0
-_OBJECT = re.compile(r'\{[^{}]*\}', re.S)
-
 def _on_scale(x):
     "A number from 1 to 5 as float, else None"
     try: v = float(str(x).strip().replace(',', '.'))
@@ -66,12 +66,17 @@ def _estimate(e):
 
 def _parse_json(txt):
     "(answer, grade) of the last JSON object that has an answer, else None"
-    for m in reversed(_OBJECT.findall(txt)):
-        try: o = json.loads(m)
-        except (ValueError, RecursionError): continue
-        e = o.get('estimate')
-        if isinstance(o.get('answer'), str) and not isinstance(e, bool): return o['answer'].strip(), _estimate(e)
-    return None
+    found, i = None, txt.find('{')
+    while i>=0:
+        try: o, end = _DECODER.raw_decode(txt, i)
+        except (ValueError, RecursionError): o, end = {}, i+1
+        if isinstance(o.get('answer'), str) and not isinstance(o.get('estimate'), bool):
+            found = o['answer'].strip(), _estimate(o.get('estimate'))
+        else: end = i+1 # perhaps one within it
+        i = txt.find('{', end)
+    return found
+
+_DECODER = json.JSONDecoder()
 
 # %% ../nbs/loop/06_joint.ipynb #da8d2cdc
 def parse_joint(
@@ -83,13 +88,11 @@ def parse_joint(
     txt, j = txt[:20_000].strip(), style.joint
     found = _parse_json(txt)
     if found: return found[0] or None, found[1]
-    graded, last = _patterns(j.grade_words, j.scale_words, j.answer_words, j.range_words, j.of_words)
-    ms = list(graded.finditer(txt))
-    m = ms[-1] if ms else last.search(txt)
-    if not m: return txt or None, None
-    answer = txt[:(ms[0] if ms else m).start()].strip(' \n\t,;*-—([')
-    if not answer and not ms: return txt, None  # a lone number is the answer, not a grade
-    return answer or None, _on_scale(m[1])
+    graded, *last = _patterns(j.grade_words, j.scale_words, j.answer_words, j.range_words, j.of_words)
+    ms = list(graded.finditer(txt)) or [m for m in (p.search(txt) for p in last) if m][:1]
+    if not ms: return txt or None, None
+    before = ms[0].start() if ms[0].re is graded else ms[0].start(1)
+    return txt[:before].strip(' \n\t,;*-—([«') or None, _on_scale(ms[-1][1])
 
 # %% ../nbs/loop/06_joint.ipynb #11056471
 def joint_answers(

@@ -245,11 +245,12 @@ def wants_another_language(self:Style,
 def in_asked_script(self:Style,
     prompt:str, # An instruction
     answer:str, # Its answer
-)->bool: # None where nothing asks for it: another language is wanted, or one of the two has no letters
-    "Is an answer in the script of the style, where its instruction is and wants no other?"
+)->bool: # None where nothing asks for it: another language is wanted, or one of the two has no words
+    "Is an answer in the script of the style, where its instruction is and wants no other? Code and names do not count"
     if not any(c.isalpha() for c in prompt) or not self.in_script(prompt): return
     if self.wants_another_language(prompt): return
-    return self.in_script(answer) if any(c.isalpha() for c in answer) else None
+    said = languages.without_names(answer, self.script) if self.script else answer
+    return self.in_script(said) if any(c.isalpha() for c in said) else None
 
 # %% ../nbs/loop/04_style.ipynb #630e8e11
 def _begins(txt, i):

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ..checks import step_memory
+from ..checks import run_bytes, step_memory
 from ..recipe import recipe_names, read_recipe
 from .capacity import bfloat16_speed, free_memory, pick_device, processor
 from .clean import clean_message
 from .files import BadInput
+from .hours import about, step_seconds
 from .hub import cache_dir, offline
+from .messages import is_hub
 from .names import model_bytes, model_files, resolve, stored_dtype
 
 # %% ../../nbs/machine/20c_doctor.ipynb #5364ebc0
@@ -93,6 +95,20 @@ def _model_finding(name):
     do = 'unset HF_HUB_OFFLINE, or name a local folder' if offline() else 'it is fetched at the first use'
     return finding(name, 'not here yet', False if offline() else None, do)
 
+def _space_finding(r):
+    "Is there room for what a run writes?"
+    need, free = run_bytes(r.model), shutil.disk_usage('.').free
+    return finding('disk', f'{need/1e9:.1f} GB beside the models', need<=free, f'{free/1e9:.1f} GB are free; make room')
+
+def _time_finding(r):
+    "How long a run takes here"
+    if any(map(is_hub, (r.data, r.also_train))): return finding('time', 'not known before the instructions are here', None)
+    try: took = step_seconds(r)
+    except BadInput as e: return finding('time', 'not known', False, clean_message(e, 200))
+    if took is None: return finding('time', 'not known: no run was timed on a GPU', None)
+    step = max(took, key=took.get)
+    return finding('time', f'{about(sum(took.values()))}, half of it to twice as long; the longest step is {step}')
+
 def recipe_findings(
     recipe:str, # As for `read_recipe`
 )->list: # Of `finding`
@@ -104,6 +120,7 @@ def recipe_findings(
         step = max(need, key=need.get)
         rows.append(finding('memory', f'the step {step} needs at least {need[step]/1e9:.1f} GB', need[step]<=free,
                             f'{free/1e9:.1f} GB are free; close other programs, or lower micro_batch or max_length'))
+        rows += [_space_finding(r), _time_finding(r)]
     return [{**x, 'what': f'{r.name}: {x["what"]}'} for x in rows]
 
 # %% ../../nbs/machine/20c_doctor.ipynb #012d4512

@@ -7,7 +7,7 @@ __all__ = ['BadInput', 'nearest', 'reason', 'write_text', 'write_jsonl', 'write_
            'read_yaml', 'file_digest', 'hash01', 'repo_file', 'package_file', 'locked']
 
 # %% ../../nbs/machine/00_files.ipynb #dc13eb51
-import difflib, gzip, hashlib, json, os, sys, zlib
+import difflib, gzip, hashlib, json, os, re, sys, zlib
 from pathlib import Path
 
 # %% ../../nbs/machine/00_files.ipynb #4753b777
@@ -130,9 +130,11 @@ def read_json(
 # %% ../../nbs/machine/00_files.ipynb #b249825c
 _examples = {'a recipe': 'samples: 4', 'a style': 'lang: ru'} # a line of such a file
 
-def _once(loader):
-    "A loader like `loader` that refuses a key which stands twice in one mapping: the first would count for nothing"
-    class Once(loader):
+def _plain_loader(loader):
+    "A loader with the core schema of YAML 1.2 that refuses a key which stands twice in one mapping"
+    class Plain(loader):
+        yaml_implicit_resolvers = {}
+        def construct_yaml_int(self, node): return int(self.construct_scalar(node))
         def construct_mapping(self, node, deep=False):
             at = {}
             for k,_ in node.value:
@@ -140,7 +142,13 @@ def _once(loader):
                 if key in at and key!='<<': raise ValueError(f'the key {key!r} stands in lines {at[key]} and {line}')
                 at[key] = line
             return super().construct_mapping(node, deep)
-    return Once
+    Plain.add_constructor('tag:yaml.org,2002:int', Plain.construct_yaml_int)
+    for kind,pattern in _CORE.items():
+        Plain.add_implicit_resolver(f'tag:yaml.org,2002:{kind}', re.compile(rf'(?:{pattern})\Z'), None)
+    return Plain
+
+_CORE = dict(null='null|Null|NULL|~|', bool='true|True|TRUE|false|False|FALSE', int='[-+]?[0-9]+', merge='<<',
+             float=r'[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)')
 
 # what PyYAML lets through: a date without such a day, `!!int` without digits, lists nested too deep
 _wrong_value = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -152,7 +160,7 @@ def read_yaml(
     "The mapping in a YAML file; `BadInput` names the line of an error"
     import yaml
     path = existing_file(path)
-    try: o = yaml.load(path.read_text(encoding='utf-8'), _once(yaml.SafeLoader))
+    try: o = yaml.load(path.read_text(encoding='utf-8'), _plain_loader(yaml.SafeLoader))
     except UnicodeDecodeError: raise BadInput(f'{path}: not UTF-8; save the file as UTF-8') from None
     except OSError as e: raise BadInput(f'{path}: cannot be read ({reason(e)})') from None
     except _wrong_value as e: raise BadInput(f'{path}: not YAML ({reason(e)})') from None
