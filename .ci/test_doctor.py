@@ -56,7 +56,7 @@ def test_a_slower_machine_takes_longer(monkeypatch, tmp_path):
     from selfalign.machine import hours
     from selfalign.recipe import read_recipe
     r = read_recipe('quickstart')
-    fast, slow = (hours.step_seconds(r, lambda dtype: p) for p in (2e11, 5e10))
+    fast, slow = hours.step_seconds(r, lambda dtype: 2e11), hours.step_seconds(r, lambda dtype: 5e10)
     assert fast.keys()==slow.keys() and all(abs(slow[k]/fast[k]-4)<1e-6 for k in fast)
     assert time_of(tmp_path)['found'].startswith(('about ', 'less than a minute'))
     monkeypatch.setattr(hours, 'pick_device', lambda *a: ('cuda', None))

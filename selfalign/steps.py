@@ -260,7 +260,8 @@ STEPS = { # name: how it depends on what came before
                   ('lang', 'script', 'asks_for_grade', 'asks_for_language'),
                   also=('data4alignment_train.csv', 'data4alignment_test.csv', 'README.md'), revision=2),
     'dpo': Step(_do_dpo, _adapter[0], ('pairs.jsonl',), ('seed', 'training_seed', 'device', 'dtype',
-                *_fields(DPOSettings)), ('system',), ('model',), also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),
+                *_fields(DPOSettings)), ('system',), ('model',),
+                also=(_adapter[1], 'models/log.jsonl', 'models/run.json'),
                 traces=(*_trained, 'watch.jsonl', 'ref_logps_*.json'), parted=True, newer=('training_seed',)),
     'reference': Step(_do_reference, 'answers_reference.jsonl', ('instructions.jsonl',), _answering, ('system',),
                       ('model',), test_rows, parted=True),
@@ -269,5 +270,6 @@ STEPS = { # name: how it depends on what came before
     'evaluate': Step(_do_evaluate, 'evaluation.json', ('instructions.jsonl', 'answers.jsonl'), _grading,
                      (*_judged, 'script', 'asks_for_language'), ('judge_model', 'second_judge'), test_rows,
                      ('prompt_id', 'gold'), also=('answers_graded.jsonl', 'report.md', 'evaluation.png',
-                           'models/evaluation.json', 'models/README.md'), traces=('answers_second*.jsonl',), revision=2),
+                           'models/evaluation.json', 'models/README.md'), traces=('answers_second*.jsonl',),
+                     revision=2),
 }

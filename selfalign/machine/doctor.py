@@ -102,7 +102,8 @@ def _space_finding(r):
 
 def _time_finding(r):
     "How long a run takes here"
-    if any(map(is_hub, (r.data, r.also_train))): return finding('time', 'not known before the instructions are here', None)
+    if any(map(is_hub, (r.data, r.also_train))):
+        return finding('time', 'not known before the instructions are here', None)
     try: took = step_seconds(r)
     except BadInput as e: return finding('time', 'not known', False, clean_message(e, 200))
     if took is None: return finding('time', 'not known: no run was timed on a GPU', None)

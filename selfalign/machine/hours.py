@@ -47,12 +47,12 @@ def work(
     run = Run(r)
     n = check_rows(r, run.style)
     train, test = min(r.n_prompts or n['train'], n['train']-r.n_validation), r.n_validation or min(r.n_test, n['test'])
-    graded = {'candidates': train*r.samples, 'evaluate': 2*test*r.answer_samples}
-    judged = [(step, kind, r.judge_name, graded[which]) for step,which in (('judge', 'candidates'), ('evaluate', 'evaluate'))
-              for kind in counted(r.judge, run.style, run.mix())]
-    second = [('evaluate', 'likelihood', r.second_judge, graded['evaluate'])] if r.second_judge else []
-    return [('candidates', 'write', r.model, train*r.samples), *judged, ('dpo', 'train', r.model, train*r.pairs_per_prompt),
-            *((s, 'write', r.model, test*r.answer_samples) for s in ('reference', 'answer')), *second]
+    graded = {'judge': train*r.samples, 'evaluate': 2*test*r.answer_samples}
+    kinds, second = counted(r.judge, run.style, run.mix()), [r.second_judge] if r.second_judge else []
+    return [('candidates', 'write', r.model, train*r.samples), ('dpo', 'train', r.model, train*r.pairs_per_prompt),
+            *((s, kind, r.judge_name, n) for s,n in graded.items() for kind in kinds),
+            *(('evaluate', 'likelihood', m, graded['evaluate']) for m in second),
+            *((s, 'write', r.model, test*r.answer_samples) for s in ('reference', 'answer'))]
 
 # %% ../../nbs/machine/20a_hours.ipynb #0f797542
 SHARES = dict(write=.5, digits=.5, likelihood=.5, train=.65) # of the peak that a kind of work reaches on a CPU
