@@ -39,13 +39,14 @@ def environment(venv):
     return py
 
 
-def merged(model, home):
+def merged(model, home, dtype='float32'):
     "The model as a folder that any server reads: adapters merged, chat template included; remade when its files change"
-    folder = home/hashlib.sha256(model_key(model).encode()).hexdigest()[:12]/Path(model).name
+    if (Path(model)/'config.json').exists(): return Path(model).resolve()  # such a folder
+    folder = home/hashlib.sha256(f'{model_key(model)}{dtype}'.encode()).hexdigest()[:12]/Path(model).name
     if (folder/'config.json').exists(): return folder
     from selfalign.llm import load
     folder.parent.mkdir(parents=True, exist_ok=True)
-    llm = load(model, device='cpu', dtype='float32')
+    llm = load(model, device='cpu', dtype=dtype)
     return save_folder(llm.model, llm.tok, folder)
 
 
@@ -58,14 +59,14 @@ def ready(port, server, wait=600):
     return False
 
 
-def start(py, folder, port, log, pid, room, wait=600):
+def start(py, folder, port, log, pid, room, dtype='float32', wait=600):
     "Start the server and wait until it is ready"
     cores = ','.join(map(str, sorted(os.sched_getaffinity(0))))  # all: left to itself, it keeps one for its scheduler
     env = {**os.environ, **quiet, 'VLLM_CPU_OMP_THREADS_BIND': cores}
     env.pop('PYTHONPATH', None)
     # without chunked prefill: on a CPU, a request with a seed whose prompt is read in two pieces ends the server
     cmd = [py, '-m', 'vllm.entrypoints.cli.main', 'serve', folder, '--host', '127.0.0.1', '--port', str(port),
-           '--served-model-name', folder.name, '--dtype', 'float32', '--enforce-eager', '--max-model-len', str(room),
+           '--served-model-name', folder.name, '--dtype', dtype, '--enforce-eager', '--max-model-len', str(room),
            '--max-num-seqs', '128', '--no-enable-chunked-prefill', '--max-num-batched-tokens', str(2*room)]
     with open(log, 'w') as f:
         p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=f, env=env, start_new_session=True)
@@ -88,8 +89,9 @@ def arguments(home):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--venv', type=Path, default=Path(os.environ.get('SELFALIGN_VLLM_VENV') or home/'venv'),
                     help='environment with vLLM (default: $SELFALIGN_VLLM_VENV, or one in the cache folder)')
-    ap.add_argument('--model', default='embedded', help='what to serve, a name as `selfalign ask --model` takes it')
+    ap.add_argument('--model', default='embedded', help='what to serve: a name as `selfalign ask --model` takes it, or a folder of `selfalign export`')
     ap.add_argument('--port', type=int, default=8177)
+    ap.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
     ap.add_argument('--room', type=int, default=4096, help='longest sequence, in tokens')
     ap.add_argument('--stop', action='store_true', help='stop the server and do nothing else')
     return ap.parse_args()
@@ -102,7 +104,7 @@ if __name__=='__main__':
     pid, log = home/f'{a.port}.pid', home/f'{a.port}.log'
     stop(pid)
     if a.stop: sys.exit(0)
-    if start(environment(a.venv), merged(a.model, home), a.port, log, pid, a.room): print(f'http://127.0.0.1:{a.port}')
+    if start(environment(a.venv), merged(a.model, home, a.dtype), a.port, log, pid, a.room, a.dtype): print(f'http://127.0.0.1:{a.port}')
     else:
         stop(pid)
         sys.exit(f'vLLM did not start; the end of {log}:\n'+''.join(log.read_text().splitlines(True)[-15:]))

@@ -148,7 +148,8 @@ def _plain_loader(loader):
     return Plain
 
 _CORE = dict(null='null|Null|NULL|~|', bool='true|True|TRUE|false|False|FALSE', int='[-+]?[0-9]+', merge='<<',
-             float=r'[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)')
+             float=r'[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?'
+                   r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)')
 
 # what PyYAML lets through: a date without such a day, `!!int` without digits, lists nested too deep
 _wrong_value = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
