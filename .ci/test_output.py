@@ -133,3 +133,18 @@ def test_a_plot_that_fails_leaves_no_figure_open():
     before = plt.get_fignums()
     with pytest.raises(ValueError): drawn(fails, says='nothing')
     assert plt.get_fignums()==before
+
+
+def test_a_file_of_bench_keeps_every_topic_and_every_machine(tmp_path, monkeypatch, capsys):
+    from selfalign.machine import cli, commands
+    machine = dict(processor='P', flags=[], threads=2)
+    monkeypatch.setattr(commands, 'bench', lambda topic, *a: dict(speedup_vs_x={'sampling': 2., 'grading': 3.}[topic], measured_on=dict(machine)))
+    monkeypatch.setattr(commands, 'load', lambda *a: None)
+    out = tmp_path/'bench.json'
+    assert cli.main(['bench', 'sampling', 'grading', '--out', str(out)])==0
+    assert {k: v['speedup_vs_x'] for k,v in json.loads(out.read_text()).items()}==dict(sampling=2., grading=3.)
+    machine['threads'] = 8
+    assert cli.main(['bench', 'grading', '--out', str(out)])==0
+    kept = json.loads(out.read_text())
+    assert kept['grading']['measured_on']['threads']==2 and [r['measured_on']['threads'] for r in kept['elsewhere']['grading']]==[8]
+    assert cli.main(['bench', '--out', str(out), 'startdup'])==2 and json.loads(out.read_text())==kept

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['topics', 'with_generate', 'with_generate_batch', 'amount', 'quality', 'quality_difference', 'sampling_costs',
-           'plot_sampling', 'full_passes', 'written_verdict', 'grading_costs', 'bench_prompts', 'bench', 'bench_table']
+           'plot_sampling', 'full_passes', 'written_verdict', 'grading_costs', 'bench_prompts', 'bench', 'bench_table',
+           'keep_run', 'ratio_range']
 
 # %% ../../nbs/machine/20_bench.ipynb #33e32891
 import json
@@ -313,6 +314,33 @@ def _numbers(o, path):
 def bench_table(
     res:dict, # Topic: of `bench`
 ): # DataFrame
-    "All numbers of a result, a line each"
+    "All numbers of a result, a line each; those of other machines are left out"
     import pandas as pd
-    return pd.DataFrame(list(_numbers(res, [])), columns=['topic', 'what', 'value']).set_index('topic')
+    own = {k: v for k,v in res.items() if k!='elsewhere'}
+    return pd.DataFrame(list(_numbers(own, [])), columns=['topic', 'what', 'value']).set_index('topic')
+
+# %% ../../nbs/machine/20_bench.ipynb #b0b03d3f
+def _where(run):
+    "What tells one machine from another"
+    return [run.get('measured_on', {}).get(k) for k in ('processor', 'flags', 'threads')]
+
+def keep_run(
+    kept:dict, # Contents of a file of `selfalign bench --out`
+    topic:str, # One of `topics`
+    run:dict, # Of `bench`
+)->dict:
+    "The contents with one more run"
+    if topic not in kept or _where(kept[topic])==_where(run): return {**kept, topic: run}
+    beside = kept.get('elsewhere', {})
+    others = [r for r in beside.get(topic, []) if _where(r)!=_where(run)]
+    return {**kept, 'elsewhere': {**beside, topic: [*others, run]}}
+
+def ratio_range(
+    kept:dict, # Contents of such a file
+    topic:str, # One of `topics`
+    name:str, # Of a ratio
+)->tuple: # (lowest, highest, number of machines)
+    "What a ratio is on the machines where it was measured"
+    runs = [kept[topic], *kept.get('elsewhere', {}).get(topic, [])]
+    xs = [r[name] for r in runs if name in r]
+    return min(xs), max(xs), len(xs)

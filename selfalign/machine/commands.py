@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import Param, store_true
 
-from .bench import bench, bench_table, topics
+from .bench import bench, bench_table, keep_run, topics
 from .doctor import doctor, doctor_text
 from .files import BadInput, existing_file, nearest, read_json, read_jsonl, write_json
 from .names import base_of, model_key
@@ -257,7 +257,7 @@ def cmd_bench(
     limit:whole(1)=64, # Instructions to answer, and answers to grade, at most
     server:str=None, # Address of a server with the same model, to be measured too
     json:store_true=False, # Print everything as one JSON object and nothing else
-    out:str=None, # JSON file to keep it in, beside what other topics left there
+    out:str=None, # JSON file to keep it in, beside other topics and runs of other machines
     device:str=None, # cuda, mps or cpu; the best there is unless given
     dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
 ):
@@ -272,7 +272,8 @@ def cmd_bench(
     for t in todo:
         res[t] = bench(t, llm, model, rounds, limit, remote)
         if not json: print(table_text(bench_table({t: res[t]})), flush=True)
-        if out: write_json(Path(out), {**kept, t: res[t]})
+        kept = keep_run(kept, t, res[t])
+        if out: write_json(Path(out), kept)
     if json: print(json_text({**{k: v for r in res.values() for k,v in r.items() if '_vs_' in k}, **res}))
 
 # %% ../../nbs/machine/21_commands.ipynb #581d63f4
