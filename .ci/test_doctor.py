@@ -63,11 +63,12 @@ def test_a_slower_machine_takes_longer(monkeypatch, tmp_path):
     assert time_of(tmp_path)==dict(what='r: time', found='not known: no run was timed on a GPU', fine=None, do='')
 
 
-def test_instructions_of_the_hub_are_not_fetched_for_an_estimate(monkeypatch, tmp_path):
+@pytest.mark.parametrize('keys,said', [(dict(also_train='OpenAssistant/oasst1'), 'before the instructions are here'), (dict(server='http://127.0.0.1:9'), 'a server answers')])
+def test_nothing_is_fetched_or_asked_for_an_estimate(monkeypatch, tmp_path, keys, said):
     from selfalign.machine import hours
-    monkeypatch.setattr(hours, 'check_rows', lambda *a: pytest.fail('the data set was asked for'))
-    found = time_of(tmp_path, also_train='OpenAssistant/oasst1')
-    assert found['fine'] is None and 'not known before the instructions are here' in found['found']
+    monkeypatch.setattr(hours, 'Run', lambda *a: pytest.fail('the run was made'))
+    found = time_of(tmp_path, **keys)
+    assert found['fine'] is None and said in found['found']
 
 
 def test_instructions_that_are_not_there_are_a_finding(tmp_path):

@@ -104,6 +104,7 @@ def _time_finding(r):
     "How long a run takes here"
     if any(map(is_hub, (r.data, r.also_train))):
         return finding('time', 'not known before the instructions are here', None)
+    if r.server: return finding('time', 'not known: a server answers and grades', None)
     try: took = step_seconds(r)
     except BadInput as e: return finding('time', 'not known', False, clean_message(e, 200))
     if took is None: return finding('time', 'not known: no run was timed on a GPU', None)
