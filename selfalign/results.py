@@ -56,12 +56,9 @@ def borrow(
     one:Run, # Another that differs in some keys
     steps:list=SHARED, # Which steps
 ):
-    "Give `one` the finished steps that it shares with `base`, and the kept rows of those that differ"
+    "Give `one` the finished steps that it shares with `base`, and kept rows, which a step that differs may use"
     one.data.mkdir(parents=True, exist_ok=True)
-    differ = False
-    for s in steps:
-        differ = differ or any(getattr(base.r, k)!=getattr(one.r, k) for k in STEPS[s].settings)
-        for p in rows_of(base.data, STEPS[s].writes) if differ else (): copy_new(p, one.data/p.name)
+    for p in [p for s in steps for p in rows_of(base.data, STEPS[s].writes)]: copy_new(p, one.data/p.name)
     mine = one.record.setdefault('steps', {})
     for s in [s for s in steps if s in base.record.get('steps', {}) and s not in mine]:
         for f in STEPS[s].products: _copy(base.path(f), one.path(f))
