@@ -29,6 +29,11 @@ class Baseline:
     best_of:int=1 # Answers of which the judge takes the best
     trained:dict=None # Keys of the recipe that make another training; empty: the recipe's own; None: no training
 
+    def __post_init__(self):
+        "`BadInput` for what would be ignored"
+        if self.best_of>1 and (self.hint is not None or self.trained is not None):
+            raise BadInput('best_of: answers of the model as it is are taken, so it goes with no hint and no training')
+
 # %% ../nbs/loop/19b_baselines.ipynb #0169fb53
 def baselines_of(
     style, # Of `load_style`
