@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'TRAINED', 'QUALITIES', 'DRIFT', 'grid_points', 'borrow', 'copy_new', 'same_judge', 'frontier_row',
-           'mark_dominated', 'frontier_table', 'plot_frontier', 'frontier', 'train_beside', 'more_rounds',
-           'print_summary', 'drift_text', 'learning_curve', 'plot_curve', 'curve_table']
+           'mark_dominated', 'frontier_table', 'against', 'against_table', 'plot_frontier', 'train_beside', 'frontier',
+           'more_rounds', 'print_summary', 'drift_text', 'learning_curve', 'plot_curve', 'curve_table']
 
 # %% ../nbs/loop/19_results.ipynb #d093360f
 import itertools
@@ -98,11 +98,12 @@ def frontier_row(
 )->dict:
     "One row of the table: lengths, quality, warnings"
     pmi, ref, pol = ev['difference']['pmi'], ev['reference'], ev['policy']
-    wins = ('win_rate', 'win_rate_ci', 'lc_win_rate', 'lc_win_rate_ci')
     return {**point, 'name': name, 'n': ev['n'], 'tokens': pol['mean_tokens'], 'before': ref['mean_tokens'],
             'shorter': ev['shorter']['mean'], 'shorter_ci': ev['shorter']['ci'], 'finished': pol['finished'],
-            **{k: ev[k] for k in (*wins, 'warnings')}, 'pmi': pmi['mean'], 'pmi_ci': pmi['ci'],
-            **{f'second_{k}': ev['second'][k] for k in wins if 'second' in ev}}
+            **{k: ev[k] for k in (*_WINS, 'warnings')}, 'pmi': pmi['mean'], 'pmi_ci': pmi['ci'],
+            **{f'second_{k}': ev['second'][k] for k in _WINS if 'second' in ev}}
+
+_WINS = ('win_rate', 'win_rate_ci', 'lc_win_rate', 'lc_win_rate_ci')
 
 # %% ../nbs/loop/19_results.ipynb #18cb7d55
 QUALITIES = {'pmi': 'PMI, nats an answer, difference', 'second_lc_win_rate': 'at equal length, second judge',
@@ -143,6 +144,28 @@ def frontier_table(
 _IN_PERCENT = {'shorter': 'shorter', 'finished': 'finished', 'wins': 'win_rate', 'at equal length': 'lc_win_rate',
                '2nd judge': 'second_win_rate', '2nd judge at equal length': 'second_lc_win_rate'}
 
+# %% ../nbs/loop/19_results.ipynb #000d779d
+_GRADED = {'': 'answers_graded.jsonl', 'second_': 'answers_second.jsonl'} # by each judge
+
+def against(
+    first:Path, # `data/<name>/` of a run whose answers are graded
+    one:Path, # The same of another, graded by the same judges
+    style, # Of `load_style`
+)->dict: # `shorter` and win rates, as in `frontier_row`
+    "The answers of one policy beside those of another, instruction by instruction"
+    res = {}
+    for judge,f in [(j, f) for j,f in _GRADED.items() if (first/f).exists() and (one/f).exists()]:
+        ev = compare(*(by_model(read_jsonl(d/f))[1] for d in (first, one)), style)
+        res |= {judge+k: ev[k] for k in _WINS}
+        res |= dict(shorter=ev['shorter']['mean'], shorter_ci=ev['shorter']['ci'])
+    return res
+
+def against_table(
+    rows:list, # Of `frontier`
+): # DataFrame; empty where no setting was compared with the first
+    "What each setting gave beside the first one; shares in percent, with 95% intervals"
+    return frontier_table([{**r, **r['against_first']} for r in rows if r.get('against_first')])
+
 # %% ../nbs/loop/19_results.ipynb #e0d59096
 def _point(ax, i, r, k):
     "One setting with its two intervals; too few instructions have none"
@@ -168,42 +191,7 @@ def plot_frontier(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/loop/19_results.ipynb #211a2a6b
-def frontier(
-    recipe:str, # As for `read_recipe`
-    grid:str, # As for `grid_points`
-    root='.', # Folder with data/ and models/
-    n_validation:int=40, # Training instructions set aside to compare on
-    **over, # Other keys of the recipe
-)->list: # Rows of `frontier_row`
-    "Compare settings on one set of candidates and grades; writes `frontier.json` and `frontier.png`"
-    import matplotlib.pyplot as plt
-    def make(**kw): return Run(read_recipe(recipe, **{**over, 'n_validation': n_validation, **kw}), root)
-    points, whole, rows = grid_points(grid, recipe), make(), []
-    if n_validation<1 or any('n_validation' in p for p in points):
-        raise BadInput('frontier: settings are chosen on training instructions that are set aside, the same for all; '
-                       'n_validation must be at least 1, and no key of the grid')
-    base = make(name=whole.r.name+'.frontier')
-    same_judge(whole, base)
-    borrow(whole, base)
-    for s in SHARED: base.step(s)
-    base.release()
-    for point in points:
-        name = re.sub(r'[^\w.-]', '', base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
-        rows.append(_one_point(whole, base, make, point, name))
-        write_json(base.data/'frontier.json', mark_dominated(rows))
-        say(f'{len(rows)} of {len(points)}: {_point_text(rows[-1])}')
-    fig = plot_frontier(rows)
-    fig.savefig(base.data/'frontier.png', dpi=110)
-    plt.close(fig)
-    say(f'{len(rows)} settings in {base.data/"frontier.json"}, drawn in frontier.png')
-    return rows
-
-def _point_text(r):
-    "What a row says, in one line"
-    said = r.get('failed') or length_text(dict(mean=r['shorter'], ci=r['shorter_ci'], n=r['n']))
-    return f'{r["name"]}: {said}'
-
+# %% ../nbs/loop/19_results.ipynb #7be51d02
 def train_beside(
     base:Run, # A run with finished steps
     one:Run, # Another that differs in some keys
@@ -228,11 +216,50 @@ def _one_point(whole, base, make, point, name):
 
 def _graded(one, base):
     "The evaluation of one setting by the judges of all; what they said of the reference's answers is not asked again"
-    kept = [f'{Path(f).stem}.rows.jsonl' for f in ('answers_graded.jsonl', 'answers_second.jsonl')]
+    kept = [f'{Path(f).stem}.rows.jsonl' for f in _GRADED.values()]
     for f in kept: copy_new(base.data/f, one.data/f)
     with one.alone(): ev = graded_by(one, base)
     for f in kept: _copy(one.data/f, base.data/f)
     return ev
+
+# %% ../nbs/loop/19_results.ipynb #211a2a6b
+def frontier(
+    recipe:str, # As for `read_recipe`
+    grid:str, # As for `grid_points`
+    root='.', # Folder with data/ and models/
+    n_validation:int=40, # Training instructions set aside to compare on
+    **over, # Other keys of the recipe
+)->list: # Rows of `frontier_row`
+    "Compare settings on one set of candidates and grades; writes `frontier.json` and `frontier.png`"
+    import matplotlib.pyplot as plt
+    def make(**kw): return Run(read_recipe(recipe, **{**over, 'n_validation': n_validation, **kw}), root)
+    points, whole, rows = grid_points(grid, recipe), make(), []
+    if n_validation<1 or any('n_validation' in p for p in points):
+        raise BadInput('frontier: settings are chosen on training instructions that are set aside, the same for all; '
+                       'n_validation must be at least 1, and no key of the grid')
+    base = make(name=whole.r.name+'.frontier')
+    same_judge(whole, base)
+    borrow(whole, base)
+    for s in SHARED: base.step(s)
+    base.release()
+    for point in points:
+        name = re.sub(r'[^\w.-]', '', base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
+        rows.append(row := _one_point(whole, base, make, point, name))
+        first = rows[0]
+        if row is not first and not {'failed'} & (first.keys() | row.keys()):
+            row['against_first'] = against(*(base.data.with_name(r['name']) for r in (first, row)), base.style)
+        write_json(base.data/'frontier.json', mark_dominated(rows))
+        say(f'{len(rows)} of {len(points)}: {_point_text(rows[-1])}')
+    fig = plot_frontier(rows)
+    fig.savefig(base.data/'frontier.png', dpi=110)
+    plt.close(fig)
+    say(f'{len(rows)} settings in {base.data/"frontier.json"}, drawn in frontier.png')
+    return rows
+
+def _point_text(r):
+    "What a row says, in one line"
+    said = r.get('failed') or length_text(dict(mean=r['shorter'], ci=r['shorter_ci'], n=r['n']))
+    return f'{r["name"]}: {said}'
 
 # %% ../nbs/loop/19_results.ipynb #fdd81e77
 def more_rounds(

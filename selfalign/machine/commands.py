@@ -40,7 +40,7 @@ from ..raters import audit_scores, audit_text, check_enough, known_mix, read_sco
 from ..truth import add_truth, truth_questions, truth_text
 from ..recipe import Recipe, check_name, recipe_names, recorded
 from ..report import write_report
-from ..results import curve_table, frontier, frontier_table, learning_curve
+from ..results import against_table, curve_table, frontier, frontier_table, learning_curve
 from ..run import Run
 from ..sft import SFTSettings, warm_start
 from ..steps import STEPS, answer_sampling
@@ -149,7 +149,9 @@ def cmd_frontier(
     "Compare settings on one set of candidates and grades; draw length against quality"
     if not grid.split(): raise BadInput('frontier: --grid is empty; it must be keys and values, such as "beta=.1,.5"')
     with aside(json): rows = frontier(recipe, grid, root, n_validation, limit=limit)
-    print(json_text(rows) if json else table_text(frontier_table(rows)))
+    if json: return print(json_text(rows))
+    print(table_text(frontier_table(rows)))
+    if len(beside := against_table(rows)): print(f'\nbeside {rows[0]["name"]}:\n{table_text(beside)}')
 
 def cmd_baselines(
     recipe:RECIPE='quickstart',
