@@ -507,3 +507,15 @@ def test_the_recipe_for_gemma_2_runs_on_its_architecture(tmp_path, monkeypatch):
     assert len(said)==80 and len({(r['prompt_id'], r['completion']) for r in said})>40
     assert read_json(run.data/'evaluation.json')['n']==4 and len(read_jsonl(run.data/'answers.jsonl'))==16
     assert read_json(run.models/'run.json')['settings']['sft_weight']==1
+
+
+def test_the_peak_is_that_of_the_precision_of_the_weights(tmp_path, monkeypatch):
+    from selfalign.llm import load
+    from selfalign.machine import bench_training
+    from selfalign.machine.tiny import tiny
+    asked = []
+    monkeypatch.setattr(bench_training, 'matmul_peak', lambda dtype='float32': asked.append(dtype) or 1e9)
+    for dtype in ('bfloat16', 'float32'):
+        llm = load(tiny(tmp_path/dtype), device='cpu', dtype=dtype)
+        bench_training.sampling_efficiency(llm, [llm.render('?')]*4, rounds=2)
+    assert asked==['bfloat16', 'float32']

@@ -70,6 +70,8 @@ def matmul_peak(
     a = torch.randn(n, n).to(getattr(torch, dtype))
     return 2*n**3/shortest(lambda: a@a, rounds)
 
+def _precision(model): return str(model.dtype).split('.')[-1]
+
 # %% ../../nbs/machine/19b_bench_training.ipynb #0b1e970f
 kinds = { # group: names of torch's operations
     'products': ('mm', 'bmm', 'addmm', 'addmm_', 'linear', 'qlinear_pointwise'),
@@ -127,7 +129,7 @@ def sampling_efficiency(
         for j in range(0, len(ids), 32): b.admit([job(i) for i in range(j, min(j+32, len(ids)))])
         return b
     with torch.inference_mode():
-        peak, _ = matmul_peak(), prefill()  # the first makes what is made once
+        peak, _ = matmul_peak(dtype=_precision(llm.model)), prefill()  # the first makes what is made once
         reads = [timed(prefill) for _ in range(3)]
         batch, steps = reads[-1][1], []
         for _ in range(rounds): r = len(batch.who); steps.append((timed(batch.step)[0]/r, r))
@@ -186,7 +188,7 @@ def train_once(
 def step_inspector(
     found:dict, # Filled with `operations` (of a step's products) and `where` (of `time_by_kind`)
 ): # A `transformers.TrainerCallback`
-    "Count the operations of the second step, and profile the third"
+    "Count the operations of the second step, profile the third, and note the `precision` of the weights"
     import torch
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
@@ -197,6 +199,7 @@ def step_inspector(
     ways = {1: counter, 2: profiler}
     class Inspector(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw):
+            found['precision'] = _precision(kw['model'])
             self.by = ways.get(state.global_step, nullcontext)()
             self.by.__enter__()
         def on_step_end(self, args, state, control, **kw):
@@ -213,7 +216,7 @@ def training_efficiency(
     "The share of the matrix peak that a step of `train_dpo` reaches, and where its time goes"
     found, eight_steps = {}, settings.model_copy(update=dict(max_steps=8))
     seconds = train_once(model, pairs, True, eight_steps, [step_inspector(found)], 3)['step']
-    peak = matmul_peak()
+    peak = matmul_peak(dtype=found['precision'])
     return dict(peak=peak, share=found['operations']/seconds/peak, seconds=seconds, **found)
 
 # %% ../../nbs/machine/19b_bench_training.ipynb #20ea9121

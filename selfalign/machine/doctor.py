@@ -109,7 +109,7 @@ def _time_finding(r):
     except BadInput as e: return finding('time', 'not known', False, clean_message(e, 200))
     if took is None: return finding('time', 'not known: no run was timed on a GPU', None)
     step = max(took, key=took.get)
-    return finding('time', f'{about(sum(took.values()))}, half of it to twice as long; the longest step is {step}')
+    return finding('time', f'{about(sum(took.values()))} (half to twice); longest: {step}')
 
 def recipe_findings(
     recipe:str, # As for `read_recipe`
