@@ -32,7 +32,8 @@ def link_to(href, page, names):
 
 
 def fix_md(s, page, names):
-    "Links to `NN_name.ipynb` become links to `name.ipynb`; dunder names and names in a signature stay as they are"
+    "Links to `NN_name.ipynb` become links to `name.ipynb`; dunder names and names in a signature stay as they are; one link a name"
+    s = re.sub(r'\[\[(`[^`]+`)\]\(([^)\s]+)\)\]\([^)\s]+\)', r'[\1](\2)', s)  # nbdev links a name within a link
     s = re.sub(r'```.*?```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), s, flags=re.S)
     s = re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({link_to(m[1], page, names)})', s)
     return dunder.sub(lambda m: m[1]+m[2].replace('_', r'\_')+f' {{#{m[2].lower()}}}', s)

@@ -1,5 +1,5 @@
 "The built site (`make docs`): no dead link, every picture described; in a browser: nothing fetched elsewhere, nothing cut at 400 px, the search finds a function, day and night."
-import functools, threading
+import functools, re, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +22,11 @@ def test_every_link_leads_somewhere(pages):
             to = leads(p, href, out.resolve())
             if to and (not to[0].exists() or (to[1] and to[0] in pages and to[1] not in pages[to[0]].ids)): dead.append((p.name, href))
     assert len(pages)>60 and dead==[]
+
+
+def test_no_link_stands_within_a_link(pages):
+    "nbdev links the name of a function; where it is a link already, the outer one was left as text"
+    assert [p.name for p in pages if re.search(r'</a>\]\(', p.read_text(encoding='utf-8'))]==[]
 
 
 def test_every_picture_is_described(pages): assert [(p.name, a.get('src', '')[:40]) for p,t in pages.items() for a in t.pictures if not a.get('alt')]==[]
