@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .machine.files import BadInput, file_digest, read_json, read_jsonl, write_json
 from .machine.messages import is_hub, source_file
 from .machine.store import row_key
-from .machine.capacity import free_heap, pick_device
+from .machine.capacity import dtype_name, free_heap, pick_device
 from .machine.hub import dataset_revision
 from .machine.names import model_key, pinned
 from .llm import load as load_model
@@ -101,7 +101,7 @@ def load(self:Run,
     "A model on the recipe's device: the one to align, with or without what was trained, or another"
     self.release()
     dev, dtype = self.r.device or None, self.r.dtype or None
-    if spread: dev, dtype = 'cpu', str(pick_device(dev, dtype)[1]).split('.')[-1]
+    if spread: dev, dtype = 'cpu', dtype_name(pick_device(dev, dtype)[1])
     return load_model(self.pin(model or self.r.model), adapter, dev, dtype, bits)
 
 @patch

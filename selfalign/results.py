@@ -245,9 +245,8 @@ def frontier(
     for point in points:
         name = re.sub(r'[^\w.-]', '', base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
         rows.append(row := _one_point(whole, base, make, point, name))
-        first = rows[0]
-        if row is not first and not {'failed'} & (first.keys() | row.keys()):
-            row['against_first'] = against(*(base.data.with_name(r['name']) for r in (first, row)), base.style)
+        if len(rows)>1 and not any('failed' in r for r in (rows[0], row)):
+            row['against_first'] = against(*(base.data.with_name(r['name']) for r in (rows[0], row)), base.style)
         write_json(base.data/'frontier.json', mark_dominated(rows))
         say(f'{len(rows)} of {len(points)}: {_point_text(rows[-1])}')
     fig = plot_frontier(rows)

@@ -17,7 +17,7 @@ from ..dpo import DPOSettings, train_dpo
 from ..instructions import load_instructions
 from ..judge import JudgeSettings, grade
 from ..llm import LLM, load
-from .capacity import shortest
+from .capacity import dtype_name, shortest
 from .engine import Batch
 from .messages import load_messages
 from .sampling import Sampling, row_noise
@@ -69,8 +69,6 @@ def matmul_peak(
     import torch
     a = torch.randn(n, n).to(getattr(torch, dtype))
     return 2*n**3/shortest(lambda: a@a, rounds)
-
-def _precision(model): return str(model.dtype).split('.')[-1]
 
 # %% ../../nbs/machine/19b_bench_training.ipynb #0b1e970f
 kinds = { # group: names of torch's operations
@@ -129,7 +127,7 @@ def sampling_efficiency(
         for j in range(0, len(ids), 32): b.admit([job(i) for i in range(j, min(j+32, len(ids)))])
         return b
     with torch.inference_mode():
-        peak, _ = matmul_peak(dtype=_precision(llm.model)), prefill()  # the first makes what is made once
+        peak, _ = matmul_peak(dtype=dtype_name(llm.model.dtype)), prefill()  # the first makes what is made once
         reads = [timed(prefill) for _ in range(3)]
         batch, steps = reads[-1][1], []
         for _ in range(rounds): r = len(batch.who); steps.append((timed(batch.step)[0]/r, r))
@@ -199,7 +197,7 @@ def step_inspector(
     ways = {1: counter, 2: profiler}
     class Inspector(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw):
-            found['precision'] = _precision(kw['model'])
+            found['precision'] = dtype_name(kw['model'].dtype)
             self.by = ways.get(state.global_step, nullcontext)()
             self.by.__enter__()
         def on_step_end(self, args, state, control, **kw):

@@ -6,11 +6,13 @@
 __all__ = ['SHARES', 'parameters', 'operations', 'work', 'step_seconds', 'about']
 
 # %% ../../nbs/machine/20a_hours.ipynb #7585c8ab
+from functools import cache
+
 from .bench_training import matmul_peak
-from .capacity import pick_device
-from .names import model_bytes, resolve, stored_dtype
+from .capacity import dtype_name, pick_device
+from .names import model_bytes, resolve
 from .weights import model_config
-from ..checks import PROMPT_TOKENS, check_rows
+from ..checks import PROMPT_TOKENS, check_rows, computed_in
 from ..judge import counted
 from ..record import Run
 
@@ -41,11 +43,10 @@ def operations(
 
 # %% ../../nbs/machine/20a_hours.ipynb #c88b4d33
 def work(
-    r, # A recipe
+    run:Run, # Begun or not
 )->list: # (step, kind, model, number of texts)
     "What the steps of a run have to do, at most"
-    run = Run(r)
-    n = check_rows(r, run.style)
+    r, n = run.r, check_rows(run.r, run.style)
     train, test = min(r.n_prompts or n['train'], n['train']-r.n_validation), r.n_validation or min(r.n_test, n['test'])
     graded = {'judge': train*r.samples, 'evaluate': 2*test*r.answer_samples}
     kinds, second = counted(r.judge, run.style, run.mix()), [r.second_judge] if r.second_judge else []
@@ -59,15 +60,14 @@ SHARES = dict(write=.5, digits=.5, likelihood=.5, train=.65) # of the peak that 
 
 def step_seconds(
     r, # A recipe
-    peak=matmul_peak, # Function (dtype=) that gives operations a second
+    peak=cache(matmul_peak), # Function (dtype=) that gives operations a second; measured once in a process
 )->dict: # Step: seconds; None on a GPU, where no run was timed
     "How long the steps of a run take on this machine's CPU, right within a factor of two"
     if pick_device(r.device or None)[0]!='cpu': return None
-    style, speed, res = Run(r).style, {}, {}
-    for step,kind,model,n in work(r):
-        dtype = str(pick_device('cpu', r.dtype or None, stored_dtype(resolve(model)[0]))[1]).split('.')[-1]
-        if dtype not in speed: speed[dtype] = peak(dtype=dtype)
-        res[step] = res.get(step, 0)+n*operations(r, model, kind, len(style.criteria))/speed[dtype]/SHARES[kind]
+    run, res = Run(r), {}
+    for step,kind,model,n in work(run):
+        speed = SHARES[kind]*peak(dtype=dtype_name(computed_in(r, model)[1]))
+        res[step] = res.get(step, 0)+n*operations(r, model, kind, len(run.style.criteria))/speed
     return res
 
 # %% ../../nbs/machine/20a_hours.ipynb #bbbee270
