@@ -121,6 +121,12 @@ def drop_anchors(out):
     for p in known: p.write_text(re.sub(r'href="([^"#]+)#([^"]+)"', functools.partial(kept, page=p), p.read_text()))
 
 
+def short_cells(out):
+    "Short cells of tables, such as `58 (45-70)`, stay on one line: a table that is too wide scrolls by itself"
+    short = functools.partial(re.sub, r'<td>([^<]{1,24})</td>', r'<td class="text-nowrap">\1</td>')
+    for p in out.rglob('*.html'): p.write_text(short(p.read_text()))
+
+
 def llms(proc, out, cfg):
     "llms.txt: what the project is, and a line for each page, for programs that read the site (llmstxt.org)"
     yml = yaml.safe_load((proc/'_quarto.yml').read_text())['website']['sidebar']['contents']
@@ -153,6 +159,7 @@ if __name__=='__main__':
     shutil.move(st/cfg.doc_path.name, out)
     local_katex(out)
     drop_anchors(out)
+    short_cells(out)
     llms(Path(proc), out, cfg)
     if left := found(out, r'https://(?:cdn|fonts)[^"\')]*', ['*.html', '*.css']): sys.exit('pages need the network: '+', '.join(left))
     if refs := found(out, r'(?<![\w.])@(?:fig|tbl|sec|eq|lst)-[\w-]+', ['*.html']): sys.exit('cross-references that only Quarto resolves (link to the #id instead): '+', '.join(refs))

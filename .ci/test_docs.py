@@ -63,6 +63,19 @@ def test_every_page_opens_without_a_fault_and_fits_a_telephone(browser, site, pa
     assert wrong==[] and wide==[]
 
 
+@pytest.mark.parametrize('width', [1000, 1200, 1440])
+def test_code_and_tables_have_room(browser, site, width):
+    "The text had 364 px of 1000 and 760 of 1440, and intervals were broken at their dash"
+    tab, wrong = watched(browser, site, viewport=dict(width=width, height=800))
+    tab.goto(f'{site}/loop/results.html')
+    room = tab.evaluate('document.querySelector("main").clientWidth')
+    lines = 'd => { const r = document.createRange(); r.selectNodeContents(d); return r.getClientRects().length }'
+    tall = tab.evaluate(f'[...document.querySelectorAll("td.text-nowrap")].filter(d => ({lines})(d)>1).map(d => d.textContent)')
+    many = tab.evaluate('document.querySelectorAll("td.text-nowrap").length')
+    tab.close()
+    assert wrong==[] and room>.55*width and many>50 and tall==[]
+
+
 def test_the_search_finds_a_function(browser, site):
     tab, wrong = watched(browser, site, viewport=dict(width=1200, height=800))
     tab.goto(f'{site}/index.html')
