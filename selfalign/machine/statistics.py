@@ -97,22 +97,23 @@ def share_interval(
     return dict(mean=mean, ci=[min(lo, mean), max(hi, mean)], n=n)
 
 # %% ../../nbs/machine/06_statistics.ipynb #b3cf1a31
+def _ends(lo, hi, digits, to): return f'({lo:.{digits}f}{" to " if lo<0 else to}{hi:.{digits}f})'
+
 def interval_text(
     b:dict, # Of `share_interval`, `mean_interval` or `ratio_interval`
-    to:str=' to ', # Between the ends of the interval
+    to:str=' to ', # Between the ends of the interval, unless one is negative: `-19--4` cannot be read
 )->str: # Empty where there is no mean
     "A mean with its interval, such as `0.83 (0.67 to 0.96)`"
     if b['mean'] is None: return ''
-    return f'{b["mean"]:.2f} '+('(no interval)' if b['ci'][0] is None else f'({b["ci"][0]:.2f}{to}{b["ci"][1]:.2f})')
+    return f'{b["mean"]:.2f} '+('(no interval)' if b['ci'][0] is None else _ends(*b['ci'], 2, to))
 
 def percent_text(
     b:dict, # As for `interval_text`
-    to:str='–', # Between the ends of the interval
+    to:str='–', # As for `interval_text`
 )->str: # Empty where there is no mean
     "A share in whole percent, such as `83 (67–96)`; without an interval the number alone"
     if b['mean'] is None: return ''
-    (lo, hi), ends = b['ci'], ''
-    if lo is not None: ends = f' ({100*lo:.0f}{to}{100*hi:.0f})'
+    ends = '' if b['ci'][0] is None else ' '+_ends(*(100*e for e in b['ci']), 0, to)
     return f'{100*b["mean"]:.0f}{ends}'
 
 # %% ../../nbs/machine/06_statistics.ipynb #b059a160
