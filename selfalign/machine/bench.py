@@ -17,7 +17,7 @@ from ..judge import DIGITS, judge_prompts
 from ..llm import LLM
 from .bench_precision import precision_costs, this_machine
 from .bench_training import (sampling_efficiency, scale_costs, startup_costs, take_turns,
-                                              training_costs)
+                                              training_costs, training_settings)
 from .files import BadInput, nearest
 from .messages import load_messages
 from .sampling import Sampling
@@ -288,13 +288,15 @@ def bench(
     rounds:int=3, # Repetitions; the median counts
     limit:int=64, # Instructions, or answers to grade
     server=None, # A `Server` with the same model, for `sampling`
+    micro_batch:int=4, # Pairs that `training` reads at once, of the four of a step; fewer need less memory
     **kw, # More arguments of the topic's function, such as `sizes` of `scale_costs`
 )->dict:
     "The measurements of one topic, and `measured_on`: of `this_machine`"
     if topic not in topics: raise BadInput(f'bench: {topic!r} is no topic{nearest(topic, topics)}')
+    steps = training_settings(micro_batch)
     ways = dict(sampling=lambda: _bench_sampling(llm, rounds, limit, server, **kw),
                 grading=lambda: _bench_grading(llm, rounds, limit, **kw),
-                training=lambda: training_costs(model, rounds=rounds, **kw),
+                training=lambda: training_costs(model, **{'rounds': rounds, 'settings': steps, **kw}),
                 precision=lambda: _bench_precision(model, limit, **kw),
                 startup=lambda: startup_costs(rounds, model), scale=lambda: scale_costs(rounds=rounds, **kw))
     return {**ways[topic](), 'measured_on': this_machine()}

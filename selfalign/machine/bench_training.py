@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['kinds', 'take_turns', 'in_new_process', 'matmul_peak', 'time_by_kind', 'layer_weights', 'timed',
-           'sampling_efficiency', 'step_timer', 'train_once', 'step_inspector', 'training_efficiency', 'training_costs',
-           'startup_costs', 'scale_once', 'scale_costs', 'plot_scale']
+           'sampling_efficiency', 'step_timer', 'train_once', 'step_inspector', 'training_efficiency',
+           'training_settings', 'training_costs', 'startup_costs', 'scale_once', 'scale_costs', 'plot_scale']
 
 # %% ../../nbs/machine/19b_bench_training.ipynb #5adffe0d
 import os, subprocess, sys, tempfile, time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from ..candidates import sample
@@ -151,12 +152,12 @@ def step_timer(
     return Timer()
 
 # %% ../../nbs/machine/19b_bench_training.ipynb #12409fe5
-def _bare_trl(pairs, llm, out, settings, system, callbacks):
-    "Train with TRL's `DPOTrainer` as it is"
+def _bare_trl(pairs, llm, out, settings, system, callbacks, stored=False):
+    "Train with TRL's `DPOTrainer` as it is; or with its switch that computes the reference's log-probabilities once"
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
-    args = trainer_args(DPOConfig, settings, out, llm, beta=settings.beta)
+    args = trainer_args(DPOConfig, settings, out, llm, beta=settings.beta, precompute_ref_log_probs=stored)
     def answer(t): return [dict(role='assistant', content=t)]
     data = Dataset.from_list([dict(prompt=to_messages(f'{system}\n\n{p["prompt"]}'), chosen=answer(p['chosen']),
                                    rejected=answer(p['rejected'])) for p in pairs])
@@ -165,10 +166,12 @@ def _bare_trl(pairs, llm, out, settings, system, callbacks):
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
+_TRAININGS = {'trl': _bare_trl, 'trl_stored': partial(_bare_trl, stored=True), 'ours': train_dpo}
+
 def train_once(
     model:str, # A model's name
     pairs:list, # Rows with `prompt`, `chosen`, `rejected`
-    ours:bool, # By `train_dpo`, or by a bare `DPOTrainer`?
+    how:str, # `ours`: by `train_dpo`; by a bare `DPOTrainer`: `trl`, or `trl_stored` with stored log-probabilities
     settings:DPOSettings,
     callbacks:list=(), # More of transformers' TrainerCallbacks
     untimed:int=1, # Steps at the beginning that `step` leaves out
@@ -176,9 +179,8 @@ def train_once(
     "Train for a few steps and time them"
     llm, system, times = load(model, device='cpu'), load_style().system, []
     t, callbacks = time.perf_counter(), [step_timer(times), *callbacks]
-    train = train_dpo if ours else _bare_trl
     with tempfile.TemporaryDirectory() as out:
-        train(pairs, llm, Path(out)/'m', settings=settings, system=system, callbacks=callbacks)
+        _TRAININGS[how](pairs, llm, Path(out)/'m', settings=settings, system=system, callbacks=callbacks)
     timed = sorted(times[untimed:])
     return dict(step=timed[len(timed)//2], whole=time.perf_counter()-t, steps=len(times))
 
@@ -213,7 +215,7 @@ def training_efficiency(
 )->dict: # `peak` (operations a second), `share` of it, `seconds` a step, `operations` of its products, `where`
     "The share of the matrix peak that a step of `train_dpo` reaches, and where its time goes"
     found, eight_steps = {}, settings.model_copy(update=dict(max_steps=8))
-    seconds = train_once(model, pairs, True, eight_steps, [step_inspector(found)], 3)['step']
+    seconds = train_once(model, pairs, 'ours', eight_steps, [step_inspector(found)], 3)['step']
     peak = matmul_peak(dtype=found['precision'])
     return dict(peak=peak, share=found['operations']/seconds/peak, seconds=seconds, **found)
 
@@ -223,24 +225,30 @@ def _embedded_pairs(n):
     rows = reply_pairs(load_replies(load_messages('embedded')))[:n]
     return [dict(prompt=p['prompt'], chosen=p['good'], rejected=p['bad']) for p in rows]
 
-_SETTINGS = DPOSettings(train_batch=4, micro_batch=4, max_length=256, epochs=2., save_steps=1000)
+def training_settings(
+    micro_batch:int=4, # Pairs at once
+)->DPOSettings:
+    "The settings of the comparison: eight steps of four pairs"
+    return DPOSettings(train_batch=4, micro_batch=micro_batch, max_length=256, epochs=2., save_steps=1000)
 
 def training_costs(
     model:str='embedded', # A model's name
     pairs:list=None, # Pairs to train on; 16 of the embedded data set unless given
     rounds:int=3, # Trainings of each kind; the median counts
-    settings:DPOSettings=_SETTINGS,
-)->dict: # `ours` and `trl`: `step`, `whole`, `peak_gb`; the ratios; `machine`, of `training_efficiency`
-    "Step time and peak memory of our DPO training and of a bare TRL `DPOTrainer` with the same settings"
-    pairs, runs = pairs or _embedded_pairs(16), {'trl': [], 'ours': []}
+    settings:DPOSettings=training_settings(),
+)->dict: # By `train_once`'s ways: `step`, `whole`, `peak_gb`; the ratios; `machine`, of `training_efficiency`
+    "Step time and peak memory of our DPO training and of TRL's `DPOTrainer`, without and with stored log-probabilities"
+    pairs, runs = pairs or _embedded_pairs(16), {k: [] for k in _TRAININGS}
     machine = in_new_process(training_efficiency, model, pairs[:settings.train_batch], settings)
     for _ in range(rounds):
-        for k in runs: runs[k].append(in_new_process(train_once, model, pairs, k=='ours', settings))
+        for k in runs: runs[k].append(in_new_process(train_once, model, pairs, k, settings))
     got = {k: {m: sorted(r[m] for r in v)[len(v)//2] for m in v[0]} for k,v in runs.items()}
-    def ratio(m): return got['ours'][m]/got['trl'][m]
-    return dict(**got, rounds=rounds, machine={k: v for k,v in machine.items() if k!='peak_gb'},
+    def ratio(m, k='trl'): return got['ours'][m]/got[k][m]
+    return dict(**got, rounds=rounds, pairs_at_once=settings.micro_batch,
+                machine={k: v for k,v in machine.items() if k!='peak_gb'},
                 step_time_vs_trl=ratio('whole'), step_time_cached_vs_trl=ratio('step'),
-                peak_memory_vs_trl=ratio('peak_gb'))
+                peak_memory_vs_trl=ratio('peak_gb'), step_time_vs_trl_stored=ratio('whole', 'trl_stored'),
+                peak_memory_vs_trl_stored=ratio('peak_gb', 'trl_stored'))
 
 # %% ../../nbs/machine/19b_bench_training.ipynb #61d88e4d
 def startup_costs(

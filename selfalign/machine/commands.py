@@ -258,6 +258,7 @@ def cmd_bench(
     rounds:whole(1)=3, # Repetitions; the median counts
     limit:whole(1)=64, # Instructions to answer, and answers to grade, at most
     server:str=None, # Address of a server with the same model, to be measured too
+    micro_batch:Param('training: pairs at once, of the four of a step', int, choices=[1, 2, 4])=4,
     json:store_true=False, # Print everything as one JSON object and nothing else
     out:str=None, # JSON file to keep it in, beside other topics and runs of other machines
     device:str=None, # cuda, mps or cpu; the best there is unless given
@@ -272,7 +273,7 @@ def cmd_bench(
     llm = load(model, None, device, dtype) if {*todo} & {'sampling', 'grading'} else None
     remote = _server(server, model, concurrency=128) if server else None
     for t in todo:
-        res[t] = bench(t, llm, model, rounds, limit, remote)
+        res[t] = bench(t, llm, model, rounds, limit, remote, micro_batch)
         if not json: print(table_text(bench_table({t: res[t]})), flush=True)
         kept = keep_run(kept, t, res[t])
         if out: write_json(Path(out), kept)
