@@ -214,9 +214,11 @@ def question(row): return {**row, 'prompt': {'a': 'Зачем вода?', 'b': '
 
 @st.composite
 def pair_cases(draw):
-    from selfalign.pairs import STRATEGIES, PairSettings
-    s = PairSettings(margin=draw(st.sampled_from([0, .25, 1, 4])), strategy=draw(st.sampled_from([*STRATEGIES, 'Краткость'])), pairs_per_prompt=draw(st.integers(1, 3)),
-                     length_gap=draw(st.sampled_from([None, None, 0, -5])), require_pmi=draw(st.booleans()), max_length_ratio=draw(st.sampled_from([0, 0, .5, 1])))
+    from selfalign.pairs import STRATEGIES, _UNUSED, PairSettings
+    how = draw(st.sampled_from([*STRATEGIES, 'Краткость']))
+    rules = dict(length_gap=draw(st.sampled_from([None, None, 0, -5])), require_pmi=draw(st.booleans()), max_length_ratio=draw(st.sampled_from([0, 0, .5, 1])))
+    s = PairSettings(margin=draw(st.sampled_from([0, .25, 1, 4])), strategy=how, pairs_per_prompt=draw(st.integers(1, 3)),
+                     **{k: v for k,v in rules.items() if k not in _UNUSED.get(how, ())})
     return draw(st.lists(graded, max_size=14).map(lambda rs: [question(r) for r in rs])), s
 
 
@@ -237,6 +239,8 @@ def pairs_are_pairs(case):
         if mutual: continue
         assert p['margin']>=max(s.margin, 0)-1e-4
         if s.max_length_ratio: assert len(p['chosen'])<=s.max_length_ratio*len(p['rejected'])
+        def said(rs): return [x for r in rs if (x := (r['features'] or {}).get('pmi')) is not None]
+        if s.require_pmi: assert max(said(chosen))>=min(said(rejected))
     n = Counter(p['prompt_id'] for p in pairs)
     assert len(n)+sum(lost.values())==len(by) and all(isinstance(k, str) and k for k in lost)
     assert max(n.values(), default=0)<=(1 if s.strategy not in ('all', 'random') else s.pairs_per_prompt)

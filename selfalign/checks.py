@@ -33,7 +33,10 @@ def check_values(
     if r.second_judge and not style.measures:
         raise BadInput(f'{r.name}: second_judge grades by likelihood, and the style {style.name} has no measures; '
                        'leave it empty')
-    check_strategy(r.strategy, style, f'{r.name}: ')
+    check_strategy(r, style, f'{r.name}: ')
+    if r.require_pmi and 'likelihood' not in methods(r.judge, style):
+        raise BadInput(f'{r.name}: require_pmi compares likelihoods, and the judge {r.judge} has none with the style '
+                       f'{style.name}; leave it out, or take mix or likelihood and a style with measures')
     if r.hinted_samples>r.samples:
         raise BadInput(f'{r.name}: hinted_samples is {r.hinted_samples}; it must be at most samples, {r.samples}')
     if r.hinted_samples: style.asked(0)

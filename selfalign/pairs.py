@@ -55,7 +55,10 @@ class PairSettings(Settings):
 # %% ../nbs/loop/10_pairs.ipynb #8f84574d
 def _split(prompt_id, test_share): return 'test' if hash01('pairs'+prompt_id)<test_share else 'train'
 
-def _pmi(r): return (r.get('features') or {}).get('pmi') or 0.
+def _says_enough(c, r):
+    "Has an answer at least the PMI of another? Not, where either is not known"
+    c, r = ((x.get('features') or {}).get('pmi') for x in (c, r))
+    return None not in (c, r) and c>=r
 
 def _pair(c, r, by):
     return dict(prompt_id=c['prompt_id'], prompt=c['prompt'], chosen=c['completion'].strip(),
@@ -80,8 +83,8 @@ def candidate_pairs(
     found = [(c, r) for c in fit for r in graded if c['completion'].strip()!=r['completion'].strip()]
     if ratio: found = [(c, r) for c,r in found if len(c['completion'])<=ratio*len(r['completion'])]
     if not found: return [], 'no answer to reject is long enough'
-    if settings.require_pmi: found = [(c, r) for c,r in found if _pmi(c)>=_pmi(r)]
-    if not found: return [], 'the shorter answers say less'
+    if settings.require_pmi: found = [(c, r) for c,r in found if _says_enough(c, r)]
+    if not found: return [], 'no fit answer is known to say as much'
     widest = max(_grade(c, by)-_grade(r, by) for c,r in found)
     if widest<1e-9: return [], 'tie' if widest>-1e-9 else 'only the worse answer may be chosen'
     if widest<margin: return [], 'margin too small'
@@ -101,15 +104,21 @@ def best_worst(
 # %% ../nbs/loop/10_pairs.ipynb #b7160521
 STRATEGIES = ['best-worst', 'all', 'random', 'mutual']
 
+_UNUSED = {'random': ('length_gap',), 'mutual': ('length_gap', 'max_length_ratio', 'require_pmi')} # by a strategy
+
 def check_strategy(
-    strategy:str, # One of `STRATEGIES`, or a criterion of the style
+    settings, # `PairSettings`, or a recipe
     style:Style, # For its criteria
     where:str='', # Stands before what is wrong
 ):
-    "`BadInput` for a strategy that this style does not have"
-    known = [*STRATEGIES, *style.criteria]
-    if strategy in known: return
-    raise BadInput(f'{where}strategy is {strategy!r}; it must be one of {", ".join(known)}{nearest(strategy, known)}')
+    "`BadInput` for a strategy that this style does not have, and for a rule that a strategy would leave out"
+    strategy, known = settings.strategy, [*STRATEGIES, *style.criteria]
+    if strategy not in known:
+        raise BadInput(f'{where}strategy is {strategy!r}; it must be one of {", ".join(known)}'
+                       f'{nearest(strategy, known)}')
+    for k in _UNUSED.get(strategy, ()):
+        if (v := getattr(settings, k))!=PairSettings.model_fields[k].default:
+            raise BadInput(f'{where}{k} is {v}, and strategy {strategy} pays no heed to it; leave it out')
 
 # %% ../nbs/loop/10_pairs.ipynb #9c983edf
 def word_gap(
@@ -172,7 +181,7 @@ def build_pairs(
 )->tuple: # (pairs, with `split`; Counter of the reasons why other prompts gave none)
     "The pairs of every prompt that has valid ones"
     s, by = settings, {}
-    check_strategy(s.strategy, style)
+    check_strategy(s, style)
     for r in rows: by.setdefault(r['prompt_id'], []).append(r)
     if s.strategy=='mutual':
         made, why = mutual_pairs(by, style)
