@@ -161,7 +161,7 @@ def test_a_row_stands_on_one_set_of_instructions(style):
         x, y, d = ev['reference']['measures'][k], ev['policy']['measures'][k], ev['difference'][k]
         assert x['n']==y['n']==d['n'] and (not d['n'] or d['mean']==pytest.approx(y['mean']-x['mean'])), k
     t = table(ev, style)
-    assert t.loc['mean self-score, 1 to 5'][['n', 'none']].tolist()==[3, 2]
+    assert t.loc['mean grade by the judge, 1 to 5'][['n', 'none']].tolist()==[3, 2]
     assert t.loc['share mostly in Cyrillic script'][['n', 'none']].tolist()==[3, 2]
     assert t.loc['share that holds the gold answer'][['n', 'none']].tolist()==[1, 4]
     assert ev['ungraded']==2 and '2 of 5 had no verdict' in win_text(ev, 'x')
@@ -174,19 +174,19 @@ def test_a_row_stands_on_one_set_of_instructions(style):
 
 def test_one_pair_of_answers_is_compared(style, tmp_path):
     "Without an interval nothing breaks: table, warnings, figure, report"
-    from selfalign.evaluate import compare, length_text, plot_evaluation, red_flags, report, table
+    from selfalign.evaluate import compare, length_text, plot_evaluation, red_flags, report_md, table
     ref, pol = answers('reference', [1.]), answers('policy', [2.])
     ev = compare(ref, pol, style)
-    assert 'no interval: n is 1' in length_text(ev['shorter']) and len(table(ev, style)) and report(ev, ref, pol, style)
+    assert 'no interval: n is 1' in length_text(ev['shorter']) and len(table(ev, style)) and report_md(ev, ref, pol, style)
     red_flags(ev, pol, style); plot_evaluation(ev, ref, pol, style)
 
 
 def test_model_text_is_no_markdown(style):
-    from selfalign.evaluate import compare, report
+    from selfalign.evaluate import compare, report_md
     evil = '<script>alert(1)</script> ![x](https://a.b/c.png) [y](https://a.b) `|` <!--'
     ref, pol = answers('reference', [1., 2.], [evil]*2), answers('policy', [1., 2.], [evil]*2)
     ref[0]['prompt'] = evil
-    md = report(compare(ref, pol, style), ref, pol, style)
+    md = report_md(compare(ref, pol, style), ref, pol, style)
     assert not re.search(r'<script|<!--|!\[x\]|\]\(https', md) and 'alert(1)' in md
 
 

@@ -53,6 +53,14 @@ def test_a_page_installs_the_package_in_colab_and_nowhere_else(fn):
     assert [i for i,(_,s) in enumerate(cs) if 'google.colab' in s]==[title+1] and cs[title+1][1]==pages.in_colab(get_config().git_url)
 
 
+@pytest.mark.parametrize('wing', ['loop', 'machine'])
+def test_each_page_leads_to_the_next(wing):
+    "Several pages led past the page after them, one back to the page before"
+    in_order = [p for p in nbs if p.parent.name==wing]
+    def said(fn): return [l for kind,s in pages.cells(fn) if kind=='markdown' for l in s.splitlines() if re.search('Next: |^The next page', l)]
+    assert [a.stem for a,b in zip(in_order, in_order[1:]) if not any(f']({b.name})' in l for l in said(a))]==[]
+
+
 def test_the_loop_explains_itself():
     t = pages.together([m for fn,m in measured.items() if fn.parent.name=='loop'])
     assert t['median']<=pages.loop['median'] and t['words']>=pages.loop['words'] and t['used']>=pages.loop['used'], t

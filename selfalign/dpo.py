@@ -15,6 +15,7 @@ from unittest.mock import patch
 from .machine.files import BadInput, read_json, write_json, write_jsonl
 from .machine.processes import rank, say, sharded
 from .machine.settings import Settings, setting
+from .machine.statistics import mean_or_none
 from .machine.templates import end_of_turn, plain_text, render, to_messages
 from .machine.trainer import (completion_logits_only, lora, run_trainer, shared_dataset, train_record,
                                        trainer_args)
@@ -203,18 +204,15 @@ def plot_log(
     return fig
 
 # %% ../nbs/loop/11_dpo.ipynb #e73e9c5d
-def _mean(xs):
-    xs = [x for x in xs if x is not None]
-    return sum(xs)/len(xs) if xs else None
-
 def _look(llm, model, rows, style, sampling):
     "What the model in training answers, and what the model it started from makes of it"
     answers = [c for c, in llm.generate([llm.render(r['prompt'], style.system) for r in rows], 1, sampling)]
     told = [dict(prompt=r['prompt'], completion=c.text) for r,c in zip(rows, answers)]
     with model.disable_adapter(): graded = grade_rows(llm, told, 'likelihood', style)
-    return dict(tokens=_mean([c.n_tokens for c in answers]), finished=_mean([float(c.finished) for c in answers]),
-                repetition=_mean([repetition(c.text) for c in answers]), score=_mean([g['score'] for g in graded]),
-                pmi=_mean([(g['features'] or {}).get('pmi') for g in graded]))
+    measured = dict(tokens=[c.n_tokens for c in answers], finished=[float(c.finished) for c in answers],
+                    repetition=[repetition(c.text) for c in answers], score=[g['score'] for g in graded],
+                    pmi=[(g['features'] or {}).get('pmi') for g in graded])
+    return {k: mean_or_none(v) for k,v in measured.items()}
 
 # %% ../nbs/loop/11_dpo.ipynb #2ec1af50
 def watch(

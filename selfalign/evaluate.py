@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SHARES', 'MOST_UNGRADED', 'measure', 'compare', 'table', 'markdown_table', 'table_md', 'red_flags',
-           'length_text', 'win_text', 'plot_evaluation', 'as_shown', 'report', 'by_model', 'held_out_mix',
+           'length_text', 'win_text', 'plot_evaluation', 'as_shown', 'report_md', 'by_model', 'held_out_mix',
            'second_verdict', 'evaluate']
 
 # %% ../nbs/loop/14_evaluate.ipynb #4a940c48
@@ -29,7 +29,7 @@ MEASURES = { # name: (what it is, which way is good)
     'finished':      ('share that ended by itself', 'up'),
     'in_script':     ('share mostly in {script} script', 'up'),
     'repetition':    ('share of repeated word triples', 'down'),
-    'score':         ('mean self-score, 1 to 5', 'up'),
+    'score':         ('mean grade by the judge, 1 to 5', 'up'),
     'pmi':           ('PMI with the instruction, nats an answer', 'up'),
     'pmi_per_token': ('PMI, nats a token', 'up'),
     'gold':          ('share that holds the gold answer', 'up'),
@@ -246,7 +246,7 @@ def as_shown(
     return re.sub(r'[<>&\[\]`*_~\\|$!]', lambda m: f'&#{ord(m[0])};', txt)
 
 # %% ../nbs/loop/14_evaluate.ipynb #4e850b0a
-def report(
+def report_md(
     ev:dict, # Of `evaluate`
     reference:list, # Graded answers of the reference
     policy:list, # Graded answers of the policy
@@ -321,5 +321,5 @@ def evaluate(
     fig = plot_evaluation(ev, ref, pol, style)
     fig.savefig(folder/'evaluation.png', dpi=110)
     plt.close(fig)
-    write_text(folder/'report.md', report(ev, ref, pol, style))
+    write_text(folder/'report.md', report_md(ev, ref, pol, style))
     return ev

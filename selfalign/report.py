@@ -18,7 +18,7 @@ from fastcore.xml import (H1, H2, Body, Code, Details, Div, Figcaption, Figure, 
 from .machine.files import BadInput, package_file, read_json, read_jsonl, write_text
 from .machine.statistics import finite
 from .audit import plot_trust
-from .baselines import baselines_table, beside_table, plot_baselines
+from .baselines import baselines_table, beside_table, doubts_text, plot_baselines
 from .dpo import plot_log
 from .evaluate import by_model, length_text, plot_evaluation, table
 from .inference import paired
@@ -211,7 +211,8 @@ def _alternatives(run):
                                           Code(f'selfalign baselines {how_called(run.r)}'), ' does it.'))
     rows = read_json(f)
     both = [_html(t.T) for t in (baselines_table(rows), beside_table(rows)) if not t.empty]
-    return _section('Alternatives', drawn(plot_baselines, rows, says='Length against win rate, by each judge'), *both)
+    return _section('Alternatives', drawn(plot_baselines, rows, says='Length against win rate, by each judge'), *both,
+                    *map(P, doubts_text(rows).splitlines()))
 
 # %% ../nbs/loop/19c_report.ipynb #4b7dfaf5
 def _answer(row, parts, lang):
