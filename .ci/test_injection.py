@@ -352,7 +352,7 @@ def test_a_pattern_that_is_no_regular_expression_is_named(tmp_path):
     from selfalign.machine.files import BadInput
     from selfalign.style import load_style
     (tmp_path/'mine.yml').write_text('name: x\nlang: en\nsystem: x\ncriteria: {A: b}\nasks_for_grade: ["(5"]\n')
-    with pytest.raises(BadInput, match='mine.yml: asks_for_grade.*regular expressions') as e: load_style(tmp_path/'mine.yml')
+    with pytest.raises(BadInput, match='mine.yml: asks_for_grade.*a regular expression') as e: load_style(tmp_path/'mine.yml')
     assert '\n' not in str(e.value)
 
 

@@ -37,6 +37,12 @@ def check_values(
     if r.require_pmi and 'likelihood' not in methods(r.judge, style):
         raise BadInput(f'{r.name}: require_pmi compares likelihoods, and the judge {r.judge} has none with the style '
                        f'{style.name}; leave it out, or take mix or likelihood and a style with measures')
+    if r.watch_every and not style.measures:
+        raise BadInput(f'{r.name}: watch_every grades by likelihood, and the style {style.name} has no measures; '
+                       'set it to 0')
+    if r.judge=='consensus' and r.answer_samples<2:
+        raise BadInput(f'{r.name}: the judge consensus compares an answer with others to its question; answer_samples '
+                       'must be at least 2')
     if r.hinted_samples>r.samples:
         raise BadInput(f'{r.name}: hinted_samples is {r.hinted_samples}; it must be at most samples, {r.samples}')
     if r.hinted_samples: style.asked(0)

@@ -113,7 +113,7 @@ def changed_number(question, answer, pool, rng, style):
         w = rng.choice([n for n in words if n!=m[0].lower()])
         return w.capitalize() if m[0][0].isupper() else w
     b = re.sub(r'\d+', digits, answer)
-    find = rf'(?<!\w)(?:{"|".join(words)})(?!\w)'
+    find = rf'(?<!\w)(?:{"|".join(map(re.escape, words))})(?!\w)'
     return re.sub(find, word, b, flags=re.I) if len(words)>1 else b
 
 # %% ../nbs/loop/08_corruptions.ipynb #08037175

@@ -91,7 +91,8 @@ def plot_funnel(
     return ax
 
 # %% ../nbs/loop/01_instructions.ipynb #b562db37
-_tests = 'test', 'validation', 'valid', 'val', 'dev', 'eval'
+_tests = 'test', 'testing', 'validation', 'valid', 'val', 'dev', 'eval', 'evaluation', 'heldout', 'held-out'
+_trains = 'train', 'training'
 
 def split_trees(
     ids, # Tree ids
@@ -100,7 +101,7 @@ def split_trees(
 )->list: # `train` or `test` for each
     "The split of each tree: the given one, else by the hash of its id"
     said = [str(g).lower() if g else '' for g in (given if given is not None else [None]*len(ids))]
-    out = ['test' if g in _tests else 'train' if g=='train' else None for g in said]
+    out = ['test' if g in _tests else 'train' if g in _trains else None for g in said]
     free = sorted((hash01(t), i) for i,(t,o) in enumerate(zip(ids, out)) if o is None)
     for h,i in free: out[i] = 'test' if h<test_share else 'train'
     return _two_of_each(out, free) if len(ids)>=4 and 0<test_share<1 else out

@@ -43,7 +43,8 @@ def _patterns(grade_words, scale_words, answer_words, range_words, of_words):
     def either(*words): return '|'.join(w for w in words if w)
     def maybe(words, room): return rf'(?:(?:{words})\W{{0,{room}}})?' if words else ''
     grade = (rf'(?:{either(grade_words, "estimate|score|grade|rating")})\W{{0,12}}{maybe(scale_words, 8)}'
-             rf'{maybe(answer_words, 5)}{_NUMBER}(?!\s*(?:{either(range_words, "-|–")})\s*\d)')
+             rf'{maybe(answer_words, 5)}{_NUMBER}(?!\s*(?:{either(range_words, "-|–")})\s*\d)'
+             rf'(?!\W{{0,2}}(?:[^\W\d_]+\s+)?(?:{either("/", of_words, "out of")})\s*(?!5\b)\d)')
     no_range = ''.join(f'(?<!{w})' for w in range_words.split('|') if w)
     end = r'\**[\s.)\]»"!]*$'
     fraction = rf'{no_range}[\s,;.!?*(\[«"]\**{_NUMBER}\**\s*(?:{either("/", of_words)})\s*5{end}'

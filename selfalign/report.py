@@ -151,7 +151,14 @@ def _section(title, *parts):
 def _warnings(run, ev):
     "All that the run was warned of"
     steps = [w for s in run.record['steps'].values() for w in s.get('warnings', [])]
-    return list(dict.fromkeys([*steps, *ev['warnings']]))
+    return list(dict.fromkeys([*_out_of_step(run), *steps, *ev['warnings']]))
+
+def _out_of_step(run):
+    "Was a step done again by itself, so that later ones are about what was there before?"
+    try: todo = run.plan()
+    except BadInput: return [] # the source or a model is not here any more, and nobody can tell
+    again = f'{", ".join(todo)} would be done again by selfalign run {how_called(run.r)}'
+    return [f'this page mixes results of different settings: {again}'] if todo else []
 
 def _result(run, ev):
     "The change of length, the verdicts, the warnings"
@@ -164,7 +171,8 @@ def _result(run, ev):
 def _judge(run):
     "What the audit found, and what the judge makes of wrong answers"
     found = run.found_audit()
-    if not found: return [P('Nobody has audited this judge: ', Code('selfalign audit'), ' says how far to trust it.')]
+    if not found or found['mode']=='scores':
+        return [P('Nobody has audited this judge: ', Code('selfalign audit'), ' says how far to trust it.')]
     says = 'How often the judge grades an answer above its corrupted copy, with 95% intervals'
     texts = {'All of the audit': audit_text(found)}
     if found.get('truth'): texts['Right and wrong answers'] = truth_text(found['truth'])

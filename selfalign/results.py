@@ -38,12 +38,13 @@ def grid_points(
         named = {}
         for part in group.split():
             k, eq, vs = part.partition('=')
-            if k not in Recipe.model_fields or not eq:
+            if k not in Recipe.model_fields or not eq or k=='name': # each point gets a name of its own
                 near = nearest(k, Recipe.model_fields)
                 raise BadInput(f'{where}: {part!r} must be a key of a recipe, = and values with commas between{near}')
             if k in named: raise BadInput(f'{where}: {k} is given twice')
             named[k] = [getattr(checked(Recipe, {k: v}, where), k) for v in vs.split(',')]
         points += [dict(zip(named, vs)) for vs in itertools.product(*named.values())] if named else []
+    if not points: raise BadInput(f'{where}: the grid {grid!r} names no setting; such as beta=.1,.5')
     return points
 
 # %% ../nbs/loop/19_results.ipynb #ffb00532

@@ -11,7 +11,7 @@ import os, random
 from contextlib import nullcontext
 from pathlib import Path
 
-from .machine.files import BadInput, hash01, locked, nearest
+from .machine.files import BadInput, hash01, locked, nearest, read_json
 from .machine.messages import load_messages
 from .machine.processes import on_first, rank, say
 from .machine.settings import setting
@@ -80,6 +80,9 @@ def grading_rows(
     rng, good = random.Random(seed), good_replies(replies)
     flawed = [r for r in replies if r.get('flaw') in style.flaw_grades]
     best, corrupted, faulty = _graded(good, flawed, style, seed)
+    if n and good and not corrupted:
+        raise BadInput(f'style {style.name}: none of its corruptions can be made of these replies; give longer '
+                       'ones, or train with grading_rows 0')
     rows = []
     for i in range(n if good else 0):
         prompt, answer, digits = rng.choice(best if i%2==0 else faulty if i%8==7 and faulty else corrupted)
@@ -230,6 +233,9 @@ def warm_start(
 )->list: # Logged rows
     "Teach a base model to answer and to grade; the adapter lies in `out`, in float16, with its card"
     check_training(settings, where=f'sft: {Path(out).name}')
+    made = read_json(Path(out)/'run.json') if (Path(out)/'run.json').exists() else {}
+    if made.get('method', 'sft')!='sft':
+        raise BadInput(f'{out}: a run has trained its adapter there, which this would overwrite; choose another --name')
     m, out, n = load_messages(data), Path(out), settings.grading_rows
     train = {r['prompt_id'] for r in load_instructions(m, style)[0] if r['split']=='train'}
     replies = [r for r in load_replies(m) if r['prompt_id'] in train]

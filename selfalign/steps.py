@@ -80,7 +80,8 @@ def _doubts(run):
     "Sentences: no audit, an audit of another judge or style, criteria near chance"
     r, llm, found = run.r, run.judge(), run.found_audit()
     server = f' --server {r.server}' if llm is run.remote else ''
-    options = f'--model {r.judge_name} --mode {r.judge} --style {r.style}{server}'
+    mode = 'mix --samples 8' if r.judge=='consensus' else r.judge # consensus is audited on a model's own answers
+    options = f'--model {r.judge_name} --mode {mode} --style {r.style}{server}'
     how = f'`selfalign audit {options} --out {run.data}/audit.json`'
     trained = training_misfit(r.judge_name, run.style) if llm is not run.remote else ''
     misfit = audit_misfit(found, llm.fingerprint(), run.style) if found else ''

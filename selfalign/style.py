@@ -22,6 +22,12 @@ from .machine.settings import Settings, checked, setting
 from .machine.templates import plain_text
 
 # %% ../nbs/loop/04_style.ipynb #910eacac
+def _pattern(p, inside=False):
+    "A regular expression as it is given; `inside`: of the brackets of one"
+    try: re.compile(f'[{p}]' if inside and p else p)
+    except re.error as e: raise ValueError(f'a regular expression; {p!r} is none ({e})') from None
+    return p
+
 class JointTexts(Settings):
     "The prompt that asks for an answer and its grade at once, and how to find the grade in the reply"
     prompt: str = setting('', 'with {system}, {instruction}, {criteria} and {format} to be filled in')
@@ -34,6 +40,8 @@ class JointTexts(Settings):
     range_words: str = setting('', 'regular expression: what makes two numbers a range')
     of_words: str = setting('', 'regular expression: what makes two numbers a fraction')
 
+    _words = field_validator('grade_words', 'scale_words', 'answer_words', 'range_words', 'of_words')(_pattern)
+
 class CorruptionTexts(Settings):
     "What the audit corrupts good answers with"
     openings: list[str] = setting([], 'pleasantries before an answer')
@@ -45,6 +53,8 @@ class CorruptionTexts(Settings):
     names: str = setting('', 'regular expression of a name inside a sentence')
     begging: dict[str, str] = setting({}, 'form: a text that asks for a grade, with {verdict} to be filled in')
     verdict: str = setting('', 'a grade for one criterion as the rubric wants it, with {criterion} to be filled in')
+
+    _names = field_validator('names')(_pattern)
 
 class SheetTexts(Settings):
     "The words on the page where people compare two answers"
@@ -116,13 +126,14 @@ class Style(_Keys):
             if lo==hi: raise ValueError(f'two different values for {c}')
         return measures
 
+    _letters = field_validator('foreign_letters')(lambda v: _pattern(v, inside=True))
+
     @field_validator('asks_for_grade', 'asks_for_language')
     @classmethod
     def _compile(cls, patterns):
-        "Patterns are regular expressions"
+        "Patterns are regular expressions that do not match everything"
         for p in patterns:
-            try: re.compile(p)
-            except re.error as e: raise ValueError(f'regular expressions; {p!r} is none ({e})') from None
+            if re.search(_pattern(p), ''): raise ValueError(f'patterns that need a letter; {p!r} matches no text too')
         return patterns
 
     @field_validator('criteria')
@@ -272,7 +283,7 @@ def without_begging(self:Style,
     "A text without its sentences that ask for a grade"
     find, rest = _begging(tuple(self.asks_for_grade), tuple(self.criteria)), text
     m = find and find.search(rest)
-    while m:
+    while m and m[0]:
         start, end = _sentence(rest, m)
         less = rest[:start]+rest[end:]
         rest = less if less.strip() else rest[:m.start()]+rest[m.end():]

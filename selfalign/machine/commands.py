@@ -31,7 +31,7 @@ from ..evaluate import by_model, compare, table, verdict
 from ..export import (PRECISIONS, adapter_of, export_gguf, export_merged, export_ollama, prefix_of,
                               push)
 from ..gold import bert_f1, gold_questions
-from ..inference import answers, chat, stream
+from ..inference import answers, chat, paired, stream
 from ..instructions import InstructionSettings
 from ..judge import MODES
 from ..llm import load
@@ -208,11 +208,11 @@ def cmd_compare(
         with aside(json):
             out = write_sheet(shown, Path(sheet), run.style)
             say(f'{len(shown)} instructions in {out}; equal answers are left out')
+        if json and not verdicts: print(json_text(dict(sheet=str(out), n=len(shown))))
     if verdicts:
-        ref, pol = by_model(read_jsonl(run.data/'answers_graded.jsonl'))
-        scores = {r['prompt_id']: r['score'] for r in ref}
-        def gain(r): return None if None in (r['score'], scores[r['prompt_id']]) else r['score']-scores[r['prompt_id']]
-        judged = {r['prompt_id']: verdict(gain(r)) for r in pol}
+        both = paired(*by_model(read_jsonl(run.data/'answers_graded.jsonl'))) # what the sheet shows
+        gains = {p['prompt_id']: None if None in (r['score'], p['score']) else p['score']-r['score'] for r,p in both}
+        judged = {k: verdict(g) for k,g in gains.items()}
         found = people_summary([read_verdicts(f, shown, seed) for f in verdicts], judged)
         print(json_text(found) if json else people_text(found))
 
@@ -322,11 +322,13 @@ def cmd_export(
 
 def _sampling(**given): return replace(Sampling(), **{k: v for k,v in given.items() if v is not None})
 
+def _prefix(model, style): return load_style(style).system if style else prefix_of(model)
+
 def cmd_ask(
     question:str, # What to ask
     model:str='embedded', # Model: embedded, a hub id, a folder, an adapter's folder such as models/quickstart
     adapter:str=None, # Adapter to put on top
-    style:str=DEFAULT_STYLE, # Its prefix is said before the question
+    style:str=None, # Its prefix is said before the question; unless given, the prefix of the model's training
     device:str=None, # cuda, mps or cpu; the best there is unless given
     dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
     temperature:float=None, # 0: always the most probable token
@@ -340,7 +342,7 @@ def cmd_ask(
     s = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                   max_new_tokens=max_new_tokens)
     question = question.encode('utf-8', 'replace').decode() # bytes that are no text become ?
-    system, llm = load_style(style).system, load(model, adapter, device, dtype)
+    system, llm = _prefix(adapter or model, style), load(model, adapter, device, dtype)
     for t in stream(llm, llm.render(question, system), s, seed): print(t, end='', flush=True)
     print()
 
@@ -348,7 +350,7 @@ def cmd_ask(
 def cmd_chat(
     model:str='embedded', # Model to talk to, such as models/quickstart
     adapter:str=None, # Adapter to put on top
-    style:str=DEFAULT_STYLE, # Its prefix is said at the beginning
+    style:str=None, # Its prefix is said at the beginning; unless given, the prefix of the model's training
     compare:store_true=False, # Both models side by side: with the last adapter and without it
     device:str=None, # cuda, mps or cpu; the best there is unless given
     dtype:str=None, # float32, bfloat16 or float16; what suits the device unless given
@@ -362,7 +364,7 @@ def cmd_chat(
     "A conversation; /reset forgets it, an empty line ends it"
     s = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                   max_new_tokens=max_new_tokens)
-    system = load_style(style).system
+    system = _prefix(adapter or model, style)
     names = {'reference': (model, None) if adapter else (_base_of(model), None)} if compare else {}
     llms = {k: load(m, a, device, dtype) for k,(m,a) in {**names, 'policy': (model, adapter)}.items()}
     def lines():

@@ -8,7 +8,7 @@ __all__ = ['WARM_START', 'ALIGNED', 'INSTRUCT', 'BRIEF', 'join_parts', 'check_gg
            'check_adapter', 'model_key', 'revision', 'pinned', 'model_files', 'stored_dtype', 'model_bytes']
 
 # %% ../../nbs/machine/06d_names.ipynb #91d6ff77
-import hashlib, json, math, os, shutil
+import hashlib, json, math, os, shutil, sys
 from pathlib import Path
 
 from .capacity import need_space, pick_device
@@ -135,7 +135,7 @@ def _unpacked(
     if out.exists(): return _made_of(out, sha256)
     out.parent.mkdir(parents=True, exist_ok=True)
     need_space(out.parent, need)
-    print(f'Converting {out.name}, once: about a minute', flush=True)
+    print(f'Converting {out.name}, once: about a minute', file=sys.stderr, flush=True)
     from filelock import FileLock
     parts = out.with_name(f'.parts-{out.name}')
     with FileLock(parts.with_name(f'{parts.name}.lock')):

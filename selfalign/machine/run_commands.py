@@ -65,10 +65,11 @@ def run_of(
     over:dict, # Of `given_keys`
 )->Run:
     "The run of a recipe; one that is named by its folder, ROOT/data/NAME, is in that root"
-    r, p = read_recipe(recipe, **over), Path(recipe)
+    r, p = read_recipe(recipe, **over), Path(recipe).absolute()
     if (p/'run.json').is_file():
-        if p.resolve().parent.name!='data': raise BadInput(f'{recipe}: the folder of a run lies in a folder data')
-        if root!='.' and Path(root).resolve()!=p.resolve().parent.parent:
+        if p.parent.name!='data': p = p.resolve() # the name itself may be a link, or `..` part of it
+        if p.parent.name!='data': raise BadInput(f'{recipe}: the folder of a run lies in a folder data')
+        if root!='.' and Path(root).resolve()!=p.parent.parent.resolve():
             raise BadInput(f'{recipe}: this run is not under --root {root}')
         root = p.parent.parent
     return Run(r, root)

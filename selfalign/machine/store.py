@@ -88,7 +88,7 @@ def _read(self:Rows,
         if bad and mend:
             if end<p.stat().st_size: os.truncate(p, end)
             which = ', '.join(map(str, bad[:9]))+(' ...' if bad[9:] else '')
-            print(f'{p}, line {which}: torn or damaged; left out', flush=True)
+            print(f'{p}, line {which}: torn or damaged; left out', file=sys.stderr, flush=True)
 
 @patch
 def _index(self:Rows,
