@@ -158,7 +158,7 @@ def _out_of_step(run):
     try: todo = run.plan()
     except BadInput: return [] # the source or a model is not here any more, and nobody can tell
     again = f'{", ".join(todo)} would be done again by selfalign run {how_called(run.r)}'
-    return [f'this page mixes results of different settings: {again}'] if todo else []
+    return [f'this page may mix results of several settings or versions: {again}'] if todo else []
 
 def _result(run, ev):
     "The change of length, the verdicts, the warnings"

@@ -106,6 +106,7 @@ def cmd_audit(
 ):
     "How far can a judge be trusted? Corrupted answers, and people's verdicts"
     _check_parts(scores, pairs=pairs, samples=samples, gold=gold, questions=questions)
+    if out and Path(out).is_dir(): raise BadInput(f'{out}: a folder; name a file, such as {Path(out)/"audit.json"}')
     scale, said = load_style(style), '' if json else 'audit'
     given, rated = pairs and read_pairs(pairs)[0], scores and check_enough(read_scores(scores), scores)
     good, ranked, by, chooses = ([],)*4 if rated else audit_data(data, limit, seed, scale)
