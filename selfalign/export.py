@@ -62,7 +62,8 @@ def prefix_of(
     style:str=DEFAULT_STYLE, # Whose prefix counts where the adapter's record names none
 )->str:
     "What is to be said before the question: the prefix that the adapter was trained with"
-    f = (adapter_of(model) or Path(model))/'run.json'
+    f = Path(model)/'run.json'
+    if not f.exists(): f = (adapter_of(model) or Path(model))/'run.json'
     said = read_json(f).get('system') if f.exists() else None
     return load_style(style).system if said is None else said
 

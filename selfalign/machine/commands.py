@@ -343,8 +343,8 @@ def cmd_ask(
     s = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                   max_new_tokens=max_new_tokens)
     question = question.encode('utf-8', 'replace').decode() # bytes that are no text become ?
-    system, llm = _prefix(adapter or model, style), load(model, adapter, device, dtype)
-    for t in stream(llm, llm.render(question, system), s, seed): print(t, end='', flush=True)
+    llm = load(model, adapter, device, dtype)
+    for t in stream(llm, llm.render(question, _prefix(adapter or model, style)), s, seed): print(t, end='', flush=True)
     print()
 
 # %% ../../nbs/machine/21_commands.ipynb #838546b2
@@ -365,9 +365,9 @@ def cmd_chat(
     "A conversation; /reset forgets it, an empty line ends it"
     s = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                   max_new_tokens=max_new_tokens)
-    system = _prefix(adapter or model, style)
     names = {'reference': (model, None) if adapter else (_base_of(model), None)} if compare else {}
     llms = {k: load(m, a, device, dtype) for k,(m,a) in {**names, 'policy': (model, adapter)}.items()}
+    system = _prefix(adapter or model, style)
     def lines():
         while True:
             try: yield input('> ')
