@@ -188,22 +188,22 @@ def baselines_table(
     import pandas as pd
     def one(r):
         if 'failed' in r: return {'failed': r['failed']}
-        first = r['name']=='as it is'
-        wins = {k: '' if first else x for k,x in _wins(r['judges'], interval_text).items()}
+        wins = _wins(r['judges'], interval_text, itself=r['name']=='as it is')
         parts = {k: interval_text(r[k]) for k in ('shorter', 'finished', 'gold')}
         return {'tokens': round(r['tokens']['mean'], 1), 'written': round(r['generated'], 1), **parts, **wins}
     return pd.DataFrame([one(r) for r in rows], index=pd.Index([r['name'] for r in rows], name='way')).fillna('')
 
-def _wins(judges, text, names=()):
-    "Both win rates by each judge, under these names; with a star where the one at equal length is in doubt"
-    wins = [w for v in judges.values() for w in (text(v['win_rate']), text(v['lc_win_rate'])+'*'*bool(v['doubts']))]
+def _wins(judges, text, names=(), itself=False):
+    "Both win rates by each judge, under these names; a star: the one at equal length is in doubt; none beside itself"
+    both = [(text(v['win_rate']), text(v['lc_win_rate'])+'*'*bool(v['doubts'])) for v in judges.values()]
+    wins = ['' if itself else w for ws in both for w in ws]
     return dict(zip(names or [f'{what}, {j}' for j in judges for what in ('win rate', 'at equal length')], wins))
 
 def doubts_text(
     rows:list, # Of `baselines`
 )->str: # Empty where there is none
     "What stands behind each star of the tables: why a win rate at equal length is in doubt"
-    said = [(r['name'], v) for r in rows for v in [r.get('judges', {})] if r['name']!='as it is']
+    said = [(r['name'], r['judges']) for r in rows if 'judges' in r and r['name']!='as it is']
     said += [('the run beside '+r['name'], r['run']) for r in rows if 'run' in r]
     return '\n'.join(f'* {name}, by {j}: {"; ".join(v["doubts"])}'
                      for name,by in said for j,v in by.items() if v['doubts'])
@@ -218,8 +218,7 @@ def short_table(
     def one(r):
         if 'failed' in r: return {'tokens': r['failed']}
         names = [f'{who}{how}' for who in ('wins', '2nd judge') for how in ('', ' at equal length')]
-        wins = _wins(r['judges'], percent_text, names)
-        if r['name']=='as it is': wins = dict.fromkeys(wins, '') # against itself
+        wins = _wins(r['judges'], percent_text, names, r['name']=='as it is')
         return {'tokens': f'{r["tokens"]["mean"]:.0f}', 'written': f'{r["generated"]:.0f}',
                 'finished': alone(r['finished']), 'gold': alone(r['gold']), **wins}
     return pd.DataFrame([one(r) for r in rows], index=pd.Index([r['name'] for r in rows], name='way')).fillna('')
