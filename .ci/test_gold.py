@@ -86,6 +86,11 @@ def test_a_second_source_adds_training_rows_and_moves_no_held_out_one(tmp_path):
     alone, (rows, funnel) = load_instructions(a, style)[0], load_instructions(a, style, also_train=b)
     assert rows[2:]==alone and [(r['prompt'][:6], r['split'], r['source']) for r in rows[:2]]==[('Назови', 'train', 'b.jsonl'), ('Чем от', 'train', 'b.jsonl')]
     assert len({r['prompt_id'] for r in rows})==10 and funnel[-1]==dict(step='2 added for training', kept=10, dropped=0)
+    one, (two, funnel) = load_instructions(a, style, also_train={b: 1})[0], load_instructions(a, style, also_train={b: None, 'embedded-gold': 9})
+    assert one[1:]==alone and one[0] in rows[:2]
+    assert [r['source'] for r in two]==['b.jsonl']*2+['embedded-gold']*9+['a.jsonl']*8 and funnel[-1]['step']=='11 added for training'
+    drawn = load_instructions(a, style, seed=7, also_train={'embedded-gold': 9})[0][:9]
+    assert [r['prompt_id'] for r in drawn]!=[r['prompt_id'] for r in two[2:11]] and {r['split'] for r in drawn}=={'train'}
     few = load_instructions(a, style, InstructionSettings(limit=5), also_train=b)[0]
     assert len(few)==5 and sum(r['split']=='test' for r in few)==2
     with pytest.raises(BadInput, match='b.jsonl: no instruction for training that is not there already'): load_instructions(b, style, also_train=b)
@@ -97,6 +102,18 @@ def test_a_file_without_a_split_is_asked_whole(tmp_path):
     left = gold_questions(f, trained=['какая река течёт через город номер 7', 'Другое?'])
     assert len(left)==29 and not any('номер 7?' in r['prompt'] for r in left)
     assert {r['split'] for r in left}=={'test'}
+
+
+def test_questions_to_choose_by_are_of_the_training_half_and_not_trained_on():
+    held, train = gold_questions('embedded-gold'), gold_questions('embedded-gold', split='train')
+    assert len(held)==len(train)==145 and not {r['prompt_id'] for r in held}&{r['prompt_id'] for r in train}
+    assert len(gold_questions('embedded-gold', trained=[r['prompt'] for r in train[:40]], split='train'))==105
+
+
+@pytest.mark.parametrize('said,gold,found', [('Это 7,5 км', '7', 0), ('Это 7,5 км', '7.5', 1), ('Это 7.50 и 8.0', '8', 1), ('Стоит 54 520 рублей', '54520', 1), ('Стоит 54520', '54 520', 1),
+                                             ('Стоит 1 000', '1', 0), ('до 18.10.2024', '18.10', 1), ('равно 3,700 м', '3700', 1), ('равно 3,700 м', '3', 0), ('3, 700', '3', 1), ('7.', '7', 1), ('[4, 8, 15]', '8', 1)])
+def test_a_number_is_one_word(said, gold, found):
+    assert gold_found(said, [gold])==found
 
 
 def sberquad(n, answered=True):

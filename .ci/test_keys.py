@@ -77,7 +77,7 @@ def another(k, v):
     f = Recipe.model_fields[k]
     choices = (f.json_schema_extra or {}).get('enum')
     if choices: return next(c for c in choices if c!=v)
-    named = dict(style='formal-ru', data='other.jsonl', also_train='other.jsonl', model='tiny2', judge_model='tiny2', second_judge='tiny2', device='cpu', report_to='none', strategy='all', served='x',
+    named = dict(style='formal-ru', data='other.jsonl', also_train={'other.jsonl': 2}, model='tiny2', judge_model='tiny2', second_judge='tiny2', device='cpu', report_to='none', strategy='all', served='x',
                  server='http://127.0.0.1:9', criteria_weights={'Полезность': 2.}, n_validation=2, n_test=3, lora_alpha=3, length_gap=-1., max_steps=1, training_seed=7)
     if k in named: return named[k]
     if isinstance(v, (bool, int)): return (not v) if isinstance(v, bool) else v+1

@@ -1,5 +1,6 @@
 "A style nobody here wrote, and one that is not about length, go through the whole loop from the command line."
 import json
+import shutil
 import string
 
 import pytest
@@ -104,7 +105,32 @@ def test_a_warm_start_does_not_overwrite_what_a_run_has_trained(root, monkeypatc
     from selfalign.sft import warm_start
     from selfalign.style import load_style
     monkeypatch.chdir(root)
-    with pytest.raises(BadInput, match='a run has trained its adapter there'): warm_start('models/quickstart', 'embedded', 'TINY', load_style('brief-en'))
+    with pytest.raises(BadInput, match='trained with DPO, which this would overwrite'): warm_start('models/quickstart', 'embedded', 'TINY', load_style('brief-en'))
+
+
+def test_a_run_does_not_overwrite_a_warm_start(root, monkeypatch):
+    from selfalign.checks import check_run
+    from selfalign.machine.files import BadInput
+    from selfalign.recipe import read_recipe
+    from selfalign.style import load_style
+    monkeypatch.chdir(root)
+    (root/'models/warm').mkdir()
+    (root/'models/warm/run.json').write_text(json.dumps(dict(method='sft')))
+    with pytest.raises(BadInput, match='models/warm: its adapter was trained with SFT, which this would overwrite'): check_run(read_recipe('quickstart', model='TINY'), load_style('brief-ru'), root/'data/warm', (root/'models/warm').relative_to(root))
+
+
+def test_an_adapter_trained_anew_is_not_published_with_the_old_evaluation(root, tmp_path):
+    d = tmp_path/'again'
+    for k in ('TINY', 'mine.yml', 'en.csv', 'data/quickstart', 'models/quickstart'):
+        (d/k).parent.mkdir(parents=True, exist_ok=True)
+        (d/k).symlink_to(root/k) if (root/k).is_file() else shutil.copytree(root/k, d/k)
+    export = ('export', 'quickstart', '--to', 'hub', '--repo', 'me/x', '--dry-run')
+    before = selfalign(*export, cwd=d)
+    assert 'trained anew' not in before.stderr
+    again = selfalign('dpo', 'data/quickstart', '--set', 'training_seed=3', cwd=d)
+    assert again.returncode==0, again.stderr[-2000:]
+    got = selfalign(*export, cwd=d)
+    assert got.returncode==2 and 'quickstart: trained anew since its evaluation; finish the run first: selfalign run quickstart' in got.stderr
 
 
 @pytest.mark.parametrize('line, says', [("asks_for_grade: ['give 5|']", 'need a letter'), ("asks_for_language: ['(']", 'a regular expression'), ("foreign_letters: 'z-a'", 'a regular expression'),

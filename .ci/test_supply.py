@@ -103,6 +103,7 @@ def test_keys_are_known_by_name_and_by_shape(monkeypatch, tmp_path):
     assert {*secrets()}>={*canaries.values()}
     for v in canaries.values(): assert clean_message(f'a {v[:9]}\x1b[0m{v[9:]} b')=='a [key] b' and v[:12] not in clean_message('x'*10+v, 20)
     assert clean_message('Authorization: Bearer eyJhbGciOi.x, sk-proj-abcdefghijklmnop')=='Authorization: [key], [key]'
+    assert clean_message('data/sk_instructions_2024.csv: no such file; hf_abcdefghijklmnop.')=='data/sk_instructions_2024.csv: no such file; [key].'
 
 
 # what is read as data stays data

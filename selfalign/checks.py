@@ -14,6 +14,7 @@ from .machine.messages import SHIPPED, is_hub, source_file
 from .machine.tables import table_kind
 from .machine.capacity import dtype_name, free_memory, need_memory, need_space, pick_device
 from .machine.names import model_bytes, resolve, stored_dtype
+from .machine.trainer import refuse_other
 from .machine.training_settings import check_training
 from .machine.weights import model_config
 from .instructions import InstructionSettings, load_instructions
@@ -67,7 +68,7 @@ def check_rows(
     style, # Its style
 )->dict: # Split: number of instructions
     "Read the instructions of a recipe; `BadInput` if they are too few to learn from and to compare on"
-    rows, _ = load_instructions(r.data, style, r.part(InstructionSettings), r.seed, r.also_train or None)
+    rows, _ = load_instructions(r.data, style, r.part(InstructionSettings), r.seed, r.also_train)
     n = {s: sum(row['split']==s for row in rows) for s in ('train', 'test')}
     check_counts(r, n['train'], n['test'])
     return n
@@ -162,8 +163,9 @@ def check_run(
     "Refuse in one line whatever could be seen before the first step"
     check_values(r, style)
     products = [Path(data)/f for s in STEPS.values() for f in s.products]
-    for source in filter(None, (r.data, r.also_train)): check_source(source, products)
+    for source in (r.data, *r.also_train): check_source(source, products)
     check_training(r.part(DPOSettings), where=r.name)
+    refuse_other(models, 'dpo')
     check_models(r, models)
     check_memory(r)
     need_space(Path(models).parent, run_bytes(r.model))

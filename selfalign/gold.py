@@ -25,11 +25,23 @@ def comparable(
     return unicodedata.normalize('NFC', t).replace('\u2212', '-')
 
 # %% ../nbs/loop/02b_gold.ipynb #f4b92d94
+def _joined(t, signs):
+    "A text without the signs between thousands"
+    return re.sub(rf'(?<![\w.,])\d{{1,3}}(?:[{signs}]\d{{3}})+(?!\w)', lambda m: re.sub(f'[{signs}]', '', m[0]), t)
+
+_decimal = re.compile(r'(?<![\w.,])(\d+)[.,](\d+)(?![.,]?\w)')
+_word = re.compile(r"""(?:(?<![^\s(=:])-(?=\d))?               # the minus sign of a number
+                       (?:(?<![\w.,])\d+\.\d+(?![.,]?\w)       # a decimal
+                         |\w+(?:(?<=[^\W\d_])[+\#]+(?!\w))?)   # a word, c++ among them""", re.X)
+
+def _one_number(m): return m[1] if set(m[2])=={'0'} and len(m[2])!=3 else f'{m[1]}.{m[2]}'
+
 def comparable_words(
     txt:str, # Any text
+    thousands:str=' ', # Signs that may stand between thousands
 )->list:
-    "The words of a text as they are compared; `c++` and `-5` are words"
-    return re.findall(r'(?:(?<![^\s(=:])-(?=\d))?\w+(?:(?<=[^\W\d_])[+#]+(?!\w))?', comparable(txt))
+    "The words of a text as they are compared; `c++`, `-5`, `1000` (of `1 000`), `7.5` (of `7,5`) are words"
+    return _word.findall(_decimal.sub(_one_number, _joined(comparable(txt), thousands)))
 
 # %% ../nbs/loop/02b_gold.ipynb #67fda272
 def gold_words(
@@ -45,8 +57,10 @@ def gold_found(
 )->float: # 1 or 0; None where there is no gold answer
     "Does the text contain one of the gold answers, as whole words?"
     if not (golds := gold_words(gold)): return None
-    t = f' {" ".join(comparable_words(txt))} '
-    return float(any(f' {" ".join(g)} ' in t for g in golds))
+    line = lambda words: f' {" ".join(words)} '
+    parts = lambda s: s.replace('.', ' ')
+    t, english = line(comparable_words(txt)), line(comparable_words(txt, ' .,'))
+    return float(any((s := line(g)) in t or s in english or '.' in s and parts(s) in parts(t) for g in golds))
 
 # %% ../nbs/loop/02b_gold.ipynb #3fad81dd
 def word_f1(
@@ -105,14 +119,15 @@ def gold_questions(
     style=None, # Keeps the questions in its language; None keeps all
     settings:InstructionSettings=InstructionSettings(),
     trained=(), # Instructions that a model was trained on
+    split:str='test', # `train`: those of the training half that are not trained on, to choose a setting by
 )->list: # Rows of `instructions.jsonl`, each with a gold answer
     "The held-out questions of a source; all that are not trained on, if it has no split"
     m = source if hasattr(source, 'columns') else load_messages(source)
     m = m[[bool(g) for g in cells(m, 'gold')]]
     own, seen = cells(m, 'split'), set(map(text_key, trained))
     given = [s or h for s,h in zip(own, cells(m, 'source_split'))]
-    held = [s=='test' for s in split_trees(list(m.message_tree_id), 0., given)]
-    if not any(held): held = [not any(own)]*len(m)
+    held = [s==split for s in split_trees(list(m.message_tree_id), 0., given)]
+    if not any(held) and split=='test': held = [not any(own)]*len(m)
     if not any(held): return []
     rows, _ = load_instructions(m[held], style, settings)
     return [{**r, 'split': 'test'} for r in rows if text_key(r['prompt']) not in seen]

@@ -116,11 +116,10 @@ def _two_of_each(out, free):
 # %% ../nbs/loop/01_instructions.ipynb #bb83da47
 def _limited(rows, limit, seed):
     "`limit` rows in their order, drawn by hash; a quarter of them test"
-    draw = {s: sorted((r for r in rows if r['split']==s), key=lambda r: hash01(r['prompt_id'], seed))
-            for s in ('train', 'test')}
-    n = min(len(draw['test']), max(min(2, limit//2), math.ceil(limit/4)))
-    n = max(n, limit-len(draw['train']))
-    ids = {r['prompt_id'] for r in draw['test'][:n]+draw['train'][:limit-n]}
+    train, test = ([r for r in rows if r['split']==s] for s in ('train', 'test'))
+    n = min(len(test), max(min(2, limit//2), math.ceil(limit/4)))
+    n = max(n, limit-len(train))
+    ids = {r['prompt_id'] for r in _drawn(test, n, seed)+_drawn(train, limit-n, seed)}
     return [r for r in rows if r['prompt_id'] in ids]
 
 def _rows(m, split):
@@ -137,16 +136,20 @@ def _usable(source, style, settings):
     given = [s or (h if h!='train' else None) for s,h in zip(cells(m, 'split'), cells(m, 'source_split'))]
     return _rows(m, split_trees(list(m.message_tree_id), settings.test_share, given)), funnel
 
-def _added(rows, funnel, source, style, settings):
-    "The training rows of a further source before those of the first; its held-out ones, and what is there, stay out"
+def _drawn(rows, n, seed):
+    "`n` rows in their order, drawn by hash; all of them if `n` is None"
+    if n is None: return rows
+    few = {r['prompt_id'] for r in sorted(rows, key=lambda r: hash01(r['prompt_id'], seed))[:n]}
+    return [r for r in rows if r['prompt_id'] in few]
+
+def _added(rows, source, n, style, settings, seed):
+    "Up to `n` training rows of a further source; its held-out ones, and what is there already, stay out"
     found, _ = _usable(source, style, settings.model_copy(update=dict(test_share=0.)))
     found = [r for r in found if r['split']=='train']
     seen = near_duplicates([r['prompt'] for r in rows+found], settings.near_duplicate)[len(rows):]
-    new, ids = [r for r,s in zip(found, seen) if s is None], {r['prompt_id'] for r in rows}
+    new, ids = _drawn([r for r,s in zip(found, seen) if s is None], n, seed), {r['prompt_id'] for r in rows}
     if not new: raise BadInput(f'{source}: no instruction for training that is not there already; see also_train')
-    new = [{**r, 'prompt_id': f'also-{r["prompt_id"]}'} if r['prompt_id'] in ids else r for r in new]
-    step = dict(step=f'{len(new)} added for training', kept=len(rows)+len(new), dropped=0)
-    return new+rows, [*funnel, step]
+    return [{**r, 'prompt_id': f'also-{r["prompt_id"]}'} if r['prompt_id'] in ids else r for r in new]
 
 # %% ../nbs/loop/01_instructions.ipynb #45467eaa
 def load_instructions(
@@ -154,11 +157,16 @@ def load_instructions(
     style=None, # Object with `lang` and `is_language(text, said)`; None keeps every language
     settings:InstructionSettings=InstructionSettings(),
     seed:int=42, # Chooses the instructions that `limit` keeps
-    also_train=None, # A further source, as the first: its training rows come before those of the first
+    also_train=None, # Further sources, whose training rows come before those of the first: one, or a mapping from
+                     # each to how many rows of it are drawn, where None is all
 )->tuple: # Rows of `instructions.jsonl`, and the funnel: a list of step, kept, dropped
     "The usable instructions of a source, each with its split"
     rows, funnel = _usable(source, style, settings)
-    if also_train is not None: rows, funnel = _added(rows, funnel, also_train, style, settings)
+    more = also_train if isinstance(also_train, dict) else {} if also_train is None else {also_train: None}
+    added = []
+    for s,n in more.items(): added += _added(rows+added, s, n, style, settings, seed)
+    rows = added+rows
+    if added: funnel = [*funnel, dict(step=f'{len(added)} added for training', kept=len(rows), dropped=0)]
     if not 0<settings.limit<len(rows): return rows, funnel
     few = _limited(rows, settings.limit, seed)
     return few, [*funnel, dict(step=f'limit {settings.limit}', kept=len(few), dropped=len(rows)-len(few))]

@@ -90,7 +90,8 @@ def parse_joint(
     found = _parse_json(txt)
     if found: return found[0] or None, found[1]
     graded, *last = _patterns(j.grade_words, j.scale_words, j.answer_words, j.range_words, j.of_words)
-    ms = list(graded.finditer(txt)) or [m for m in (p.search(txt) for p in last) if m][:1]
+    end = max(0, len(txt)-200) # a search of the whole would try each of many asterisks as the start
+    ms = list(graded.finditer(txt)) or [m for m in (p.search(txt, end) for p in last) if m][:1]
     if not ms: return txt or None, None
     before = ms[0].start() if ms[0].re is graded else ms[0].start(1)
     return txt[:before].strip(' \n\t,;*-—([«') or None, _on_scale(ms[-1][1])

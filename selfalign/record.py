@@ -174,17 +174,23 @@ def _remote_name(self:Run, name):
 
 @patch
 def source(self:Run,
-    key:str='data', # Of the recipe: `data` or `also_train`
-)->str: # Empty if the recipe names none
-    "Where the instructions come from, pinned"
-    v = getattr(self.r, key)
-    return self.pin(v, pinned_data) if v and is_hub(v) else v
+    name:str='', # One of `also_train`; empty: `data`
+)->str:
+    "Where instructions come from, pinned"
+    v = name or self.r.data
+    return self.pin(v, pinned_data) if is_hub(v) else v
 
 @patch
-def _source(self:Run, key='data'):
+def _source(self:Run, name=''):
     "Contents of the instructions' file; the name of a data set of the hub"
-    v = getattr(self.r, key)
-    return self.source(key) if is_hub(v) else file_digest(source_file(v))
+    v = name or self.r.data
+    return self.source(name) if is_hub(v) else file_digest(source_file(v))
+
+@patch
+def _also(self:Run):
+    "What is added for training; a single source that is taken whole counts as its contents alone"
+    more = [[self._source(s), n] for s,n in self.r.also_train.items()]
+    return more[0][0] if len(more)==1 and more[0][1] is None else more
 
 # %% ../nbs/loop/17c_record.ipynb #1832ed83
 def input_digest(
@@ -216,7 +222,7 @@ def inputs(self:Run,
                remote=self._remote_name(name))
     if s.rows: res['rows'] = [[r.get(k) for k in s.fields] for r in s.rows(self)]
     if s.source: res['source'] = self._source()
-    if s.source and self.r.also_train: res['also_train'] = self._source('also_train')
+    if s.source and self.r.also_train: res['also_train'] = self._also()
     if 'judge' in s.settings: res['mix'] = self.mix()
     return res
 
@@ -267,3 +273,11 @@ def plan(self:Run)->dict: # Step: 2 if its own inputs are new or its files are n
         own = self.finished(name, self.key(name)) is None if here else False
         if own or after: todo[name] = 2 if own else 1
     return todo
+
+# %% ../nbs/loop/17c_record.ipynb #f62ab1bf
+@patch
+def retrained(self:Run)->bool:
+    "Has the run another adapter than the one that its evaluation is about?"
+    if not (self.models/'evaluation.json').exists(): return False
+    try: return self.plan().get('answer')==2
+    except BadInput: return False # the source or a model is not here any more, and nobody can tell

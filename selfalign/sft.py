@@ -11,13 +11,13 @@ import os, random
 from contextlib import nullcontext
 from pathlib import Path
 
-from .machine.files import BadInput, hash01, locked, nearest, read_json
+from .machine.files import BadInput, hash01, locked, nearest
 from .machine.messages import load_messages
 from .machine.processes import on_first, rank, say
 from .machine.settings import setting
 from .machine.templates import end_of_turn, plain_text, render, to_messages
 from .machine.textmodel import pad_right
-from .machine.trainer import lora, model_card, run_trainer, train_record, trainer_args
+from .machine.trainer import lora, model_card, refuse_other, run_trainer, train_record, trainer_args
 from .machine.training_settings import TrainSettings, check_training
 from .instructions import load_instructions
 from .replies import good_replies, load_replies
@@ -233,9 +233,7 @@ def warm_start(
 )->list: # Logged rows
     "Teach a base model to answer and to grade; the adapter lies in `out`, in float16, with its card"
     check_training(settings, where=f'sft: {Path(out).name}')
-    made = read_json(Path(out)/'run.json') if (Path(out)/'run.json').exists() else {}
-    if made.get('method', 'sft')!='sft':
-        raise BadInput(f'{out}: a run has trained its adapter there, which this would overwrite; choose another --name')
+    refuse_other(out, 'sft')
     m, out, n = load_messages(data), Path(out), settings.grading_rows
     train = {r['prompt_id'] for r in load_instructions(m, style)[0] if r['split']=='train'}
     replies = [r for r in load_replies(m) if r['prompt_id'] in train]

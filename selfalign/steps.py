@@ -61,7 +61,7 @@ def _do_data(run):
     "Read the source, keep what is usable, split it"
     r = run.r
     n = prepare(run.source(), run.data, run.style, r.part(InstructionSettings), r.seed,
-                run.source('also_train') or None)
+                {run.source(s): n for s,n in r.also_train.items()})
     check_counts(r, n['train'], n['test'])
     return n
 
@@ -251,7 +251,7 @@ _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tok
 # %% ../nbs/loop/17_steps.ipynb #64146ce5
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
-                 ('lang', 'script', 'min_share', 'foreign_letters'), source=True),
+                 ('lang', 'script', 'min_share', 'foreign_letters'), source=True, revision=2),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
                        ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system', 'hints'),
                        ('model',), train_rows, parted=True),

@@ -221,7 +221,9 @@ def cmd_compare(
 def cmd_qa(
     name:Param('Name of a finished run', str, opt=False, nargs='?')='quickstart',
     data:str='embedded', # Questions with gold answers: embedded, embedded-gold, embedded-translation, a hub id, a file
-    limit:whole(1)=200, # At most so many held-out questions
+    split:Param('Which questions: test (held out), train (of the training half, those the run was not trained on)',
+                str, choices=['test', 'train'])='test',
+    limit:whole(1)=200, # At most so many questions
     max_chars:whole(10)=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)
     root:str='.', # Folder with data/ and models/
@@ -232,10 +234,10 @@ def cmd_qa(
     keep = checked(InstructionSettings, dict(max_chars=max_chars, near_duplicate=1.), 'qa')
     f = run.data/'instructions.jsonl'
     trained = [r['prompt'] for r in read_jsonl(f) if r['split']=='train'] if f.exists() else ()
-    rows = gold_questions(data, run.style, keep, trained)[:limit]
+    rows = gold_questions(data, run.style, keep, trained, split)[:limit]
     if not rows:
-        raise BadInput(f'{data}: no held-out question has a gold answer; give a file with the columns question, '
-                       'context, answers, or prompt, gold')
+        raise BadInput(f'{data}: no {"held-out" if split=="test" else "training"} question has a gold answer; give a '
+                       'file with the columns question, context, answers, or prompt, gold')
     s, gold = replace(answer_sampling(run.r), temperature=0.), {r['prompt_id']: r['gold'] for r in rows}
     def said(label, llm):
         return answers(rows, llm, run.data/f'qa_{label}.jsonl', label, s, run.style.system, run.r.seed,
@@ -245,13 +247,15 @@ def cmd_qa(
         scores = bert_f1([r['completion'] for r in rs], [gold[r['prompt_id']] for r in rs], bert, run.r.device or None)
         for r,b in zip(rs, scores): r['bert'] = b
     ev = compare(*both, run.style, gold)
-    out = run.models/('qa.json' if data=='embedded' else f'qa_{Path(data).stem}.json')
-    found = {'data': Path(data).name if Path(data).exists() else data, 'bert': bert, **ev}
+    of = '' if data=='embedded' else f'_{Path(data).stem}'
+    out = run.models/f'qa{of}{"" if split=="test" else "_train"}.json'
+    found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert, **ev}
     write_json(out, found)
     if json: return print(json_text(found))
     print(table_text(table(ev, run.style)))
     say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {out}')
 
+# %% ../../nbs/machine/21_commands.ipynb #9251f7cf
 def cmd_bench(
     topic:Param('What to measure: sampling, grading, training, precision, startup, scale; all unless given', str,
                 nargs='*', opt=False)=None,
@@ -309,6 +313,8 @@ def cmd_export(
         data = Path(root)/'data'/name
         if adapter or not Path(model).is_dir():
             raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
+        if (data/'run.json').exists() and _finished(name, 'run.json', root).retrained():
+            raise BadInput(f'{name}: trained anew since its evaluation; finish the run first: selfalign run {name}')
         rows = push(model, repo, 'model', public, dry_run)
         if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
         return print(json_text(rows) if json else _lines(rows))
@@ -321,6 +327,7 @@ def cmd_export(
                 ollama=f'ollama create {made.name} -f {made}/Modelfile')[to]
     print(json_text(dict(made=str(made), next=then)) if json else f'{made}\nnext: {then}')
 
+# %% ../../nbs/machine/21_commands.ipynb #613f040b
 def _sampling(**given): return replace(Sampling(), **{k: v for k,v in given.items() if v is not None})
 
 def _prefix(model, style): return load_style(style).system if style else prefix_of(model)

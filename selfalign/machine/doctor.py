@@ -102,7 +102,7 @@ def _space_finding(r):
 
 def _time_finding(r):
     "How long a run takes here"
-    if any(map(is_hub, (r.data, r.also_train))):
+    if any(map(is_hub, (r.data, *r.also_train))):
         return finding('time', 'not known before the instructions are here', None)
     if r.server: return finding('time', 'not known: a server answers and grades', None)
     try: took = step_seconds(r)

@@ -14,11 +14,16 @@ def _no_diaeresis(text):
     "A text without diaereses; other marks above letters are kept"
     return unicodedata.normalize('NFC', unicodedata.normalize('NFD', text).replace('\u0308', ''))
 
+_operators = {**{c: c for c in '-+*/:^=<>'}, '×': '*', '·': '*', '÷': '/', '−': '-', '–': '-'}
+_operator = re.compile(rf'(?<=\d)\s*([{re.escape("".join(_operators))}])\s*(?=\d)')
+_word = re.compile(rf'[^\W_]+(?:(?<=[^\W\d_])[+#]+(?!\w))?|(?<=\d )[{re.escape("".join(_operators))}](?= \d)')
+
 def text_key(
     text:str, # Any text
 )->str: # Two texts with the same key count as the same text
-    "The words of a text in lower case, without punctuation and diaereses"
-    return ' '.join(re.findall(r'[^\W_]+', _no_diaeresis(text.lower()))) or text.strip()
+    "The words of a text in lower case, without diaereses and punctuation; `7 + 5` and `c++` keep their signs"
+    t = _operator.sub(lambda m: f' {_operators[m[1]]} ', _no_diaeresis(text.lower()))
+    return ' '.join(_word.findall(t)) or text.strip()
 
 # %% ../../nbs/machine/03_duplicates.ipynb #e6bf6be3
 def _shingles(key, n=5):
@@ -59,7 +64,7 @@ def near_duplicates(
     buckets, kept, out = {}, {}, []
     for i,t in enumerate(texts):
         key = text_key(t)
-        sh, nums = _shingles(key), tuple(re.findall(r'\d+', key))
+        sh, nums = _shingles(key), tuple(re.findall(r'\d+|[^\w\s]+', key))
         keys = [(j, b, nums) for j,b in enumerate(_bands(sh))]
         near = {o for k in keys for o in buckets.get(k, ())}
         same = next((o for o in sorted(near) if _jaccard(sh, kept[o])>=threshold), None)

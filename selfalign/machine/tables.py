@@ -165,7 +165,8 @@ def _gold(v):
     if isinstance(v, dict): v = v['text']
     if isinstance(v, str) or not hasattr(v, '__iter__'): v = [v]  # a text is one answer, no list of letters
     texts = [o['text'] if isinstance(o, dict) else o for o in v]
-    return list(dict.fromkeys(t for t in (str(o).strip() for o in texts if not is_missing(o)) if t)) or None
+    whole = lambda o: int(o) if isinstance(o, float) and o.is_integer() else o # of a column with gaps
+    return list(dict.fromkeys(t for t in (str(whole(o)).strip() for o in texts if not is_missing(o)) if t)) or None
 
 # %% ../../nbs/machine/01_tables.ipynb #07b4c0cd
 _unreadable = (ValueError, SyntaxError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, MemoryError)

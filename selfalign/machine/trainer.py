@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'GEMMA_TERMS', 'lora', 'tracking_place', 'trainer_args', 'train_record', 'step_bar',
-           'completion_logits_only', 'shared_dataset', 'run_trainer', 'to_float16', 'model_card']
+           'completion_logits_only', 'shared_dataset', 'run_trainer', 'to_float16', 'refuse_other', 'model_card']
 
 # %% ../../nbs/machine/19_trainer.ipynb #8576edc5
 import math, os, shutil, time
@@ -226,6 +226,16 @@ def to_float16(
 # %% ../../nbs/machine/19_trainer.ipynb #349c0921
 GEMMA_TERMS = ('\n\n## Licence\n\nDerived from Gemma. Gemma is provided under and subject to the Gemma Terms of Use '
           'found at ai.google.dev/gemma/terms.')
+
+def refuse_other(
+    out:Path, # Folder an adapter is to be trained in
+    method:str, # `dpo` or `sft`
+):
+    "`BadInput` if it holds an adapter that another method made, a warm start or the result of a run"
+    made = read_json(Path(out)/'run.json') if (Path(out)/'run.json').exists() else {}
+    if (other := made.get('method', method))!=method:
+        raise BadInput(f'{out}: its adapter was trained with {other.upper()}, which this would overwrite; '
+                       'choose another --name')
 
 def model_card(
     out:Path, # The adapter's folder, with its `run.json`
