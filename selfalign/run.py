@@ -9,16 +9,21 @@ __all__ = ['peak_gb', 'rows_of', 'run_all', 'summary']
 import shutil
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import file_digest, locked, read_json, read_jsonl
+from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl, write_json
 from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
+from .machine.settings import checked
 from .machine.terminal import table_text
-from .evaluate import by_model, length_text, table
-from .steps import STEPS, compared_on, judges_said
+from .instructions import InstructionSettings
+from .gold import bert_f1, gold_questions, right_answers
+from .inference import answers
+from .evaluate import by_model, compare, length_text, table
+from .steps import STEPS, answer_sampling, compared_on, judges_said
 from .checks import check_rows, check_run
 from .record import Run
 
@@ -159,3 +164,35 @@ def summary(
     where = f'data {run.data}/   adapter {run.models}/   report {run.data/"report.md"}'
     return '\n'.join([*lines, '', f'{where}   {minutes:.1f} minutes in all{_memory(most)}',
                       f'talk to it: selfalign chat --model {run.models}'])
+
+# %% ../nbs/loop/18_run.ipynb #092342af
+@patch
+def qa(self:Run,
+    data:str='embedded', # Questions with gold answers, as in `gold_questions`
+    split:str='test', # As there
+    limit:int=200, # At most so many questions
+    max_chars:int=2000, # Longest question with its passage, in characters
+    bert:str=None, # Also BERTScore by this model
+)->tuple: # The comparison of `compare` with `questions`, of `right_answers`; the file it is written to
+    "Both models' greedy answers to questions with gold answers"
+    keep = checked(InstructionSettings, dict(max_chars=max_chars, near_duplicate=1.), 'qa')
+    f, r = self.data/'instructions.jsonl', self.r
+    trained = [x['prompt'] for x in read_jsonl(f) if x['split']=='train'] if f.exists() else ()
+    rows = gold_questions(data, self.style, keep, trained, split)[:limit]
+    if not rows:
+        raise BadInput(f'{data}: no {"held-out" if split=="test" else "training"} question has a gold answer; give a '
+                       'file with the columns question, context, answers, or prompt, gold')
+    s, gold = replace(answer_sampling(r), temperature=0.), {x['prompt_id']: x['gold'] for x in rows}
+    def said(label, llm):
+        return answers(rows, llm, self.data/f'qa_{label}.jsonl', label, s, self.style.system, r.seed, r.batch_size,
+                       f'{label} answers')
+    both = [said('reference', self.model()), said('policy', self.load(self.models))]
+    for rs in both if bert else ():
+        scores = bert_f1([x['completion'] for x in rs], [gold[x['prompt_id']] for x in rs], bert, r.device or None)
+        for x,b in zip(rs, scores): x['bert'] = b
+    found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert,
+             **compare(*both, self.style, gold), 'questions': right_answers(rows, reference=both[0], policy=both[1])}
+    of = '' if data=='embedded' else f'_{Path(data).stem}'
+    out = self.models/f'qa{of}{"" if split=="test" else "_train"}.json'
+    write_json(out, found)
+    return found, out

@@ -27,12 +27,11 @@ from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
 from ..demo import both_models, demo_page, open_demo, sheet_of
-from ..evaluate import by_model, compare, table, verdict
+from ..evaluate import by_model, table, verdict
 from ..export import (PRECISIONS, adapter_of, export_gguf, export_merged, export_ollama, prefix_of,
                               push)
-from ..gold import bert_f1, gold_questions
-from ..inference import answers, chat, paired, stream
-from ..instructions import InstructionSettings
+from ..gold import right_by_kind
+from ..inference import chat, paired, stream
 from ..judge import MODES
 from ..llm import load
 from ..people import people_summary, people_text, read_verdicts, write_sheet
@@ -231,29 +230,11 @@ def cmd_qa(
 ):
     "Question answering with gold answers: has the aligned model lost anything?"
     run = _finished(name, 'run.json', root)
-    keep = checked(InstructionSettings, dict(max_chars=max_chars, near_duplicate=1.), 'qa')
-    f = run.data/'instructions.jsonl'
-    trained = [r['prompt'] for r in read_jsonl(f) if r['split']=='train'] if f.exists() else ()
-    rows = gold_questions(data, run.style, keep, trained, split)[:limit]
-    if not rows:
-        raise BadInput(f'{data}: no {"held-out" if split=="test" else "training"} question has a gold answer; give a '
-                       'file with the columns question, context, answers, or prompt, gold')
-    s, gold = replace(answer_sampling(run.r), temperature=0.), {r['prompt_id']: r['gold'] for r in rows}
-    def said(label, llm):
-        return answers(rows, llm, run.data/f'qa_{label}.jsonl', label, s, run.style.system, run.r.seed,
-                       run.r.batch_size, f'{label} answers')
-    with aside(json): both = [said('reference', run.model()), said('policy', run.load(run.models))]
-    for rs in both if bert else ():
-        scores = bert_f1([r['completion'] for r in rs], [gold[r['prompt_id']] for r in rs], bert, run.r.device or None)
-        for r,b in zip(rs, scores): r['bert'] = b
-    ev = compare(*both, run.style, gold)
-    of = '' if data=='embedded' else f'_{Path(data).stem}'
-    out = run.models/f'qa{of}{"" if split=="test" else "_train"}.json'
-    found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert, **ev}
-    write_json(out, found)
+    with aside(json): found, out = run.qa(data, split, limit, max_chars, bert)
     if json: return print(json_text(found))
-    print(table_text(table(ev, run.style)))
-    say(f'{len(rows)} questions with gold answers, greedy; every number with its interval: {out}')
+    print(table_text(table(found, run.style)))
+    if any(q['kind'] for q in found['questions']): print(table_text(right_by_kind(found['questions'])))
+    say(f'{found["n"]} questions with gold answers, greedy; every number with its interval: {out}')
 
 # %% ../../nbs/machine/21_commands.ipynb #9251f7cf
 def cmd_bench(
