@@ -89,6 +89,8 @@ def test_a_second_source_adds_training_rows_and_moves_no_held_out_one(tmp_path):
     one, (two, funnel) = load_instructions(a, style, also_train={b: 1})[0], load_instructions(a, style, also_train={b: None, 'embedded-gold': 9})
     assert one[1:]==alone and one[0] in rows[:2]
     assert [r['source'] for r in two]==['b.jsonl']*2+['embedded-gold']*9+['a.jsonl']*8 and funnel[-1]['step']=='11 added for training'
+    ids = [r['prompt_id'] for r in load_instructions(a, style, also_train={b: None, write_jsonl(tmp_path/'c.jsonl', [{**r, 'prompt': r['prompt'][::-1]} for r in more]): None})[0]]
+    assert len(ids)==len(set(ids))>10
     drawn = load_instructions(a, style, seed=7, also_train={'embedded-gold': 9})[0][:9]
     assert [r['prompt_id'] for r in drawn]!=[r['prompt_id'] for r in two[2:11]] and {r['split'] for r in drawn}=={'train'}
     few = load_instructions(a, style, InstructionSettings(limit=5), also_train=b)[0]
@@ -101,7 +103,7 @@ def test_a_file_without_a_split_is_asked_whole(tmp_path):
     assert len(gold_questions(f, load_style('brief-ru')))==30
     left = gold_questions(f, trained=['какая река течёт через город номер 7', 'Другое?'])
     assert len(left)==29 and not any('номер 7?' in r['prompt'] for r in left)
-    assert {r['split'] for r in left}=={'test'}
+    assert {r['split'] for r in left}=={'test'} and gold_questions(f, split='train')==[]
 
 
 def test_questions_to_choose_by_are_of_the_training_half_and_not_trained_on():
@@ -110,9 +112,11 @@ def test_questions_to_choose_by_are_of_the_training_half_and_not_trained_on():
     assert len(gold_questions('embedded-gold', trained=[r['prompt'] for r in train[:40]], split='train'))==105
 
 
-@pytest.mark.parametrize('said,gold,found', [('Это 7,5 км', '7', 0), ('Это 7,5 км', '7.5', 1), ('Это 7.50 и 8.0', '8', 1), ('Стоит 54 520 рублей', '54520', 1), ('Стоит 54520', '54 520', 1),
-                                             ('Стоит 1 000', '1', 0), ('до 18.10.2024', '18.10', 1), ('равно 3,700 м', '3700', 1), ('равно 3,700 м', '3', 0), ('3, 700', '3', 1), ('7.', '7', 1), ('[4, 8, 15]', '8', 1)])
-def test_a_number_is_one_word(said, gold, found):
+@pytest.mark.parametrize('said,gold,found', [
+    ('Это 7,5 км', '7', 0), ('Это 7,5 км', '7.5', 1), ('Это 7,5км', '7', 0), ('Это 8.0', '8', 1), ('[4,8,15]', '8', 1), ('[4,8]', '8', 1), ('[4,8]', '[4, 8]', 1), ('(3,5)', '(3, 5)', 1), ('3, 700', '3', 1),
+    ('54 520 рублей', '54520', 1), ('54520', '54 520', 1), ('равно 3,700 м', '3700', 1), ('1,000,000', '1000000', 1), ('1 000 000', '1,000,000', 1), ('12 500,5', '12500', 0), ('89 144 233', '144', 1),
+    ('100 200 300', '100, 200, 300', 1), ('до 18.10.2024', '18.10', 1), ('в 18.30', '18:30', 1), ('в 18:30', '18.00', 0), ('12.7, 5.3', '7.5', 0), ('2.5 и 3.7', '2.5 и 3', 0), ('Ответ: 7.', '7', 1), ('от 3 до −5', '-5', 1)])
+def test_a_number_is_found_as_a_whole(said, gold, found):
     assert gold_found(said, [gold])==found
 
 

@@ -71,13 +71,13 @@ def test_people_get_words(verdicts, capsys):
     assert '1 of 1: r.frontier.beta0.3: ' in said and 'no interval' in said and 'beta=0.3' in said
 
 
-def in_terminal(argv, **env):
+def in_terminal(argv, err=subprocess.DEVNULL, rc=0, **env):
     "What a command writes to a terminal 60 columns wide"
     import fcntl, struct, termios
     mine, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
     keep = {k: v for k,v in os.environ.items() if k not in ('COLUMNS', 'NO_COLOR', 'TERM')}
-    p = subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *argv], stdout=theirs, stderr=subprocess.DEVNULL, env={**keep, 'TERM': 'xterm-256color', **env})
+    p = subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *argv], stdout=theirs, stderr=theirs if err is None else err, env={**keep, 'TERM': 'xterm-256color', **env})
     os.close(theirs)
     said = b''
     while True:
@@ -86,7 +86,7 @@ def in_terminal(argv, **env):
         if not more: break
         said += more
     os.close(mine)
-    assert p.wait()==0
+    assert p.wait()==rc, said.decode()
     return said.decode()
 
 
@@ -97,6 +97,16 @@ def test_a_table_fits_its_terminal_and_has_no_colours_where_they_are_not_wanted(
     rule = [i for i,l in enumerate(table) if '──' in l][0]
     assert '\x1b[' in said and all(len(l)<=60 for l in table[:rule+4])
     assert '\x1b[' not in in_terminal(argv, TERM='dumb') and '\x1b[3' not in in_terminal(argv, NO_COLOR='1')
+
+
+def test_a_terminal_gets_a_bar_and_its_cursor_back(finished):
+    "Where training fails in the middle too: a learning rate that leaves no number"
+    argv = ['run', 'r.yml', '--set', 'name=bar', '--fresh']
+    said = in_terminal(argv, None, TQDM_DISABLE='')
+    assert said.count('\x1b[?25l')==said.count('\x1b[?25h')>2 and re.search(r'dpo  *\d+/\d+.*left .*loss=', re.sub(r'\x1b\[[?\d;]*[a-zA-Z]', '', said))
+    failed = in_terminal([*argv, '--set', 'name=bar learning_rate=9e9 epochs=9'], None, 2, TQDM_DISABLE='')
+    assert failed.count('\x1b[?25l')==failed.count('\x1b[?25h') and failed.rstrip().endswith('choose another dtype')
+    assert '\x1b' not in in_terminal(argv, None, TQDM_DISABLE='', TERM='dumb') and '\x1b[3' not in in_terminal(argv, None, TQDM_DISABLE='', NO_COLOR='1')
 
 
 def test_bash_completes_commands_options_recipes_and_files(finished, tmp_path, capsys):

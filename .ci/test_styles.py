@@ -130,7 +130,9 @@ def test_an_adapter_trained_anew_is_not_published_with_the_old_evaluation(root, 
     again = selfalign('dpo', 'data/quickstart', '--set', 'training_seed=3', cwd=d)
     assert again.returncode==0, again.stderr[-2000:]
     got = selfalign(*export, cwd=d)
-    assert got.returncode==2 and 'quickstart: trained anew since its evaluation; finish the run first: selfalign run quickstart' in got.stderr
+    assert got.returncode==2 and 'quickstart: its evaluation is not of the adapter as it is now; finish the run first: selfalign run data/quickstart' in got.stderr
+    by_path = selfalign('export', 'models/quickstart', *export[2:], cwd=d)
+    assert by_path.returncode==2 and 'not of the adapter as it is now' in by_path.stderr
 
 
 @pytest.mark.parametrize('line, says', [("asks_for_grade: ['give 5|']", 'need a letter'), ("asks_for_language: ['(']", 'a regular expression'), ("foreign_letters: 'z-a'", 'a regular expression'),

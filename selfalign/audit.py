@@ -14,7 +14,7 @@ from pathlib import Path
 from .machine.files import BadInput, read_json
 from .machine.messages import load_messages
 from .machine.statistics import interval_text, mean_interval, mean_or_none, preferred, share_interval
-from .machine.textmodel import progress_bar
+from .machine.terminal import progress_bar
 from .machine.names import measured_in, resolve
 from .instructions import load_instructions
 from .replies import good_replies, load_replies, reply_pairs

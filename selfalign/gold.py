@@ -26,23 +26,13 @@ def comparable(
     return unicodedata.normalize('NFC', t).replace('\u2212', '-')
 
 # %% ../nbs/loop/02b_gold.ipynb #f4b92d94
-def _joined(t, signs):
-    "A text without the signs between thousands"
-    return re.sub(rf'(?<![\w.,])\d{{1,3}}(?:[{signs}]\d{{3}})+(?!\w)', lambda m: re.sub(f'[{signs}]', '', m[0]), t)
-
-_decimal = re.compile(r'(?<![\w.,])(\d+)[.,](\d+)(?![.,]?\w)')
-_word = re.compile(r"""(?:(?<![^\s(=:])-(?=\d))?               # the minus sign of a number
-                       (?:(?<![\w.,])\d+\.\d+(?![.,]?\w)       # a decimal
-                         |\w+(?:(?<=[^\W\d_])[+\#]+(?!\w))?)   # a word, c++ among them""", re.X)
-
-def _one_number(m): return m[1] if set(m[2])=={'0'} and len(m[2])!=3 else f'{m[1]}.{m[2]}'
+_word = re.compile(r'(?:(?<![^\s(=:])-(?=\d))?\w+(?:(?<=[^\W\d_])[+#]+(?!\w))?')
 
 def comparable_words(
     txt:str, # Any text
-    thousands:str=' ', # Signs that may stand between thousands
 )->list:
-    "The words of a text as they are compared; `c++`, `-5`, `1000` (of `1 000`), `7.5` (of `7,5`) are words"
-    return _word.findall(_decimal.sub(_one_number, _joined(comparable(txt), thousands)))
+    "The words of a text as they are compared; `c++` and `-5` are words"
+    return _word.findall(comparable(txt))
 
 # %% ../nbs/loop/02b_gold.ipynb #67fda272
 def gold_words(
@@ -52,16 +42,37 @@ def gold_words(
     return [w for w in map(comparable_words, gold or ()) if w]
 
 # %% ../nbs/loop/02b_gold.ipynb #0856b180
+_several = re.compile(r'\d+(?:[.,]\d+)+')
+
+def _cuts(t, a, b):
+    "Does the piece from `a` to `b` of a text begin or end within a decimal?"
+    def cut(m):
+        _, fraction, *more = re.split('[.,]', m[0])
+        zeros = a<=m.start() and not fraction.strip('0') # 8.0
+        many = more or t[:m.start()].endswith('[') # 18.10.2024, [4,8]
+        return m.start()<b and a<m.end() and not (a<=m.start() and m.end()<=b or zeros or many)
+    return any(map(cut, _several.finditer(t)))
+
+def _occurs(words, t):
+    "Do these words stand in a text of `comparable`, one after the other?"
+    found = list(_word.finditer(t))
+    places = range(len(found)-len(words)+1)
+    return any([m[0] for m in found[i:i+len(words)]]==words
+               and not _cuts(t, found[i].start(), found[i+len(words)-1].end()) for i in places)
+
+def _joined(t, signs):
+    "A text without the signs between thousands"
+    return re.sub(rf'(?<![\w.,])\d{{1,3}}(?:[{signs}]\d{{3}})+(?!\w)', lambda m: re.sub(f'[{signs}]', '', m[0]), t)
+
 def gold_found(
     txt:str, # An answer
     gold:list, # Accepted short answers, or None
 )->float: # 1 or 0; None where there is no gold answer
-    "Does the text contain one of the gold answers, as whole words?"
-    if not (golds := gold_words(gold)): return None
-    line = lambda words: f' {" ".join(words)} '
-    parts = lambda s: s.replace('.', ' ')
-    t, english = line(comparable_words(txt)), line(comparable_words(txt, ' .,'))
-    return float(any((s := line(g)) in t or s in english or '.' in s and parts(s) in parts(t) for g in golds))
+    "Does the text contain one of the gold answers, as whole words and whole numbers?"
+    if not gold_words(gold): return None
+    readings = {r for t in [comparable(txt)] for r in (t, _joined(t, ' '), _joined(t, ' .,'))}
+    golds = [_word.findall(r) for g in gold for t in [comparable(g)] for r in {t, _joined(t, ' ')}]
+    return float(any(_occurs(g, t) for g in golds if g for t in readings))
 
 # %% ../nbs/loop/02b_gold.ipynb #3fad81dd
 def word_f1(
@@ -120,13 +131,14 @@ def gold_questions(
     style=None, # Keeps the questions in its language; None keeps all
     settings:InstructionSettings=InstructionSettings(),
     trained=(), # Instructions that a model was trained on
-    split:str='test', # `train`: those of the training half that are not trained on, to choose a setting by
+    split:str='test', # `train`: those of the training half instead, to choose a setting by
 )->list: # Rows of `instructions.jsonl`, each with a gold answer
-    "The held-out questions of a source; all that are not trained on, if it has no split"
+    "The questions of one half of a source that are not trained on; a source without a split is held out as a whole"
     m = source if hasattr(source, 'columns') else load_messages(source)
     m = m[[bool(g) for g in cells(m, 'gold')]]
     own, seen = cells(m, 'split'), set(map(text_key, trained))
     given = [s or h for s,h in zip(own, cells(m, 'source_split'))]
+    if split=='train' and not any(given): return []
     held = [s==split for s in split_trees(list(m.message_tree_id), 0., given)]
     if not any(held) and split=='test': held = [not any(own)]*len(m)
     if not any(held): return []

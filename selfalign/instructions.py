@@ -149,7 +149,8 @@ def _added(rows, source, n, style, settings, seed):
     seen = near_duplicates([r['prompt'] for r in rows+found], settings.near_duplicate)[len(rows):]
     new, ids = _drawn([r for r,s in zip(found, seen) if s is None], n, seed), {r['prompt_id'] for r in rows}
     if not new: raise BadInput(f'{source}: no instruction for training that is not there already; see also_train')
-    return [{**r, 'prompt_id': f'also-{r["prompt_id"]}'} if r['prompt_id'] in ids else r for r in new]
+    def free(i): return free(f'also-{i}') if i in ids else i
+    return [{**r, 'prompt_id': free(r['prompt_id'])} for r in new]
 
 # %% ../nbs/loop/01_instructions.ipynb #45467eaa
 def load_instructions(
@@ -162,9 +163,9 @@ def load_instructions(
 )->tuple: # Rows of `instructions.jsonl`, and the funnel: a list of step, kept, dropped
     "The usable instructions of a source, each with its split"
     rows, funnel = _usable(source, style, settings)
-    more = also_train if isinstance(also_train, dict) else {} if also_train is None else {also_train: None}
+    more = also_train.items() if isinstance(also_train, dict) else [] if also_train is None else [(also_train, None)]
     added = []
-    for s,n in more.items(): added += _added(rows+added, s, n, style, settings, seed)
+    for s,n in more: added += _added(rows+added, s, n, style, settings, seed)
     rows = added+rows
     if added: funnel = [*funnel, dict(step=f'{len(added)} added for training', kept=len(rows), dropped=0)]
     if not 0<settings.limit<len(rows): return rows, funnel

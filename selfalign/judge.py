@@ -18,7 +18,7 @@ from .machine.processes import my_part, rank
 from .machine.settings import Settings, setting
 from .machine.statistics import finite
 from .machine.store import Rows, row_key, say_reused
-from .machine.textmodel import progress_bar
+from .machine.terminal import progress_bar
 from .consensus import consensus, consensus_grade
 from .joint import joint_scores
 from .likelihood import answer_features, likelihood_scores

@@ -10,7 +10,8 @@ import selfalign.machine.engine  # noqa: F401  (adds continuous_batching to Text
 import selfalign.machine.scoring  # noqa: F401  (adds choice_probs and logprobs to TextModel)
 from fastcore.basics import patch
 from .machine.sampling import Completion, Sampling  # noqa: F401  (both belong to this module's interface)
-from .machine.textmodel import TextModel, progress_bar
+from .machine.terminal import progress_bar
+from .machine.textmodel import TextModel
 from .machine.weights import read_model
 
 # %% ../nbs/loop/03_llm.ipynb #554e8f2e

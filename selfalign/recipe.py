@@ -8,7 +8,8 @@ __all__ = ['RENAMED', 'EMPTY', 'recipe_names', 'RunSettings', 'Recipe', 'recorde
 # %% ../nbs/loop/16_recipe.ipynb #48e57f67
 import re
 from pathlib import Path
-from pydantic import field_validator
+from typing import Annotated
+from pydantic import Field, field_validator
 
 from .machine.files import BadInput, nearest, package_file, read_json, read_yaml
 from .machine.settings import Settings, checked, setting
@@ -35,8 +36,9 @@ class RunSettings(Settings):
     style: str = setting(DEFAULT_STYLE, 'the written scale: a shipped style or a .yml file')
     model: str = setting('embedded', 'the model to align: embedded, a hub id, a folder, a .gguf file')
     data: str = setting('embedded', 'instructions: embedded, a hub id, or a file (.csv, .json, .jsonl, .parquet)')
-    also_train: dict[str, int | None] = setting({}, 'further sources, as data, whose training rows come before those '
-                                                'of data: a name, or a mapping from names to how many rows are drawn')
+    also_train: str | dict[str, Annotated[int, Field(ge=1)] | None] = setting(
+        {}, 'further sources, as data, whose training rows come before those of data: a name, or a mapping from names '
+            'to how many rows are drawn, null for all')
     seed: int = setting(42, 'of sampling, training and splitting', ge=0, le=2**32-1)
     training_seed: int | None = setting(None, 'of training alone, to see how far chance moves a result; null: seed',
                                         ge=0, le=2**32-1)
@@ -56,7 +58,7 @@ class RunSettings(Settings):
     @classmethod
     def _sources(cls, v):
         "A name alone is a mapping with all its rows"
-        if isinstance(v, str): return {v: None} if v else {}
+        if isinstance(v, str) or v is None: return {v: None} if v else {}
         number = lambda n: n is None or (isinstance(n, int) and not isinstance(n, bool) and n>0)
         if isinstance(v, dict) and all(isinstance(k, str) and k and number(n) for k,n in v.items()): return v
         raise ValueError('a source, or a mapping from sources to numbers of rows of at least 1')

@@ -277,7 +277,8 @@ def plan(self:Run)->dict: # Step: 2 if its own inputs are new or its files are n
 # %% ../nbs/loop/17c_record.ipynb #f62ab1bf
 @patch
 def retrained(self:Run)->bool:
-    "Has the run another adapter than the one that its evaluation is about?"
+    "Is the evaluation of other answers than those of the adapter that is there now?"
+    done = [s for s in ('answer', 'evaluate') if s in self.record.get('steps', {})]
     if not (self.models/'evaluation.json').exists(): return False
-    try: return self.plan().get('answer')==2
+    try: return any(self.finished(s, self.key(s)) is None for s in done)
     except BadInput: return False # the source or a model is not here any more, and nobody can tell

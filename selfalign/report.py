@@ -21,6 +21,7 @@ from .audit import plot_trust
 from .baselines import baselines_table, beside_table, doubts_text, plot_baselines
 from .dpo import plot_log
 from .evaluate import by_model, length_text, plot_evaluation, table
+from .gold import right_by_kind
 from .inference import paired
 from .instructions import plot_funnel
 from .pairs import plot_pairs
@@ -202,8 +203,12 @@ def _training(run):
 def _questions(run):
     "What `selfalign qa` found, a file a source"
     found = [read_json(f) for f in sorted(run.models.glob('qa*.json'))]
-    return [Details(Summary(f'{ev["n"]} questions with gold answers: {ev["data"]}'), _html(table(ev, run.style)))
-            for ev in found]
+    half = {'train': ', questions of the training half that were not trained on'}
+    def said(ev): return ev['data']+half.get(ev.get('split'), '')
+    def kinds(ev): # older files have none
+        return [_html(right_by_kind(ev['questions']))] if any(q['kind'] for q in ev.get('questions', ())) else []
+    def one(ev): return Summary(f'{ev["n"]} questions with gold answers: {said(ev)}'), _html(table(ev, run.style))
+    return [Details(*one(ev), *kinds(ev)) for ev in found]
 
 def _evaluation(run, ev, ref, pol):
     "Before and after, measure by measure"

@@ -181,7 +181,8 @@ def qa(self:Run,
     rows = gold_questions(data, self.style, keep, trained, split)[:limit]
     if not rows:
         raise BadInput(f'{data}: no {"held-out" if split=="test" else "training"} question has a gold answer; give a '
-                       'file with the columns question, context, answers, or prompt, gold')
+                       'file with the columns question, context, answers, or prompt, gold'
+                       +', and a column split'*(split=='train'))
     s, gold = replace(answer_sampling(r), temperature=0.), {x['prompt_id']: x['gold'] for x in rows}
     def said(label, llm):
         return answers(rows, llm, self.data/f'qa_{label}.jsonl', label, s, self.style.system, r.seed, r.batch_size,
@@ -193,6 +194,6 @@ def qa(self:Run,
     found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert,
              **compare(*both, self.style, gold), 'questions': right_answers(rows, reference=both[0], policy=both[1])}
     of = '' if data=='embedded' else f'_{Path(data).stem}'
-    out = self.models/f'qa{of}{"" if split=="test" else "_train"}.json'
+    out = self.models/f'qa{of}{"" if split=="test" else ".train"}.json'
     write_json(out, found)
     return found, out

@@ -14,8 +14,8 @@ _ESCAPE = re.compile(r'\x1b[\]PX^_].*?(?:\x07|\x1b\\|\x9c)|(?:\x1b\[|\x9b)[0-?]*
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 _HIDDEN = re.compile('[\xad\u061c\u180e\u200b-\u200f\u2028\u2029\u2060-\u206f\ue000-\uf8ff\ufeff\U000e0000-\U0010ffff]')
 _NAMED = re.compile(r'(^|_)(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD)$', re.I)
-_DATA = 'csv|jsonl?|parquet|ya?ml|txt|md|html|gguf|safetensors'   # a name such as sk_instructions_2024.csv is no key
-_SHAPED = re.compile(r'\b(Bearer\s+[^\s"\',;]+|(sk|pk|hf|ghp|xox[bp])[-_][\w-]{12,}+'+rf'(?!\.(?:{_DATA})\b))')
+_NAME = r'[a-z]+(?:[_-][a-z0-9]+)+\.[a-z]\w*'   # of a file, such as sk_instructions_2024.csv; no key
+_SHAPED = re.compile(r'\b(Bearer\s+[^\s"\',;]+|(sk|pk|hf|ghp|xox[bp])[-_](?!'+_NAME+r')[\w-]{12,})')
 
 def _login():
     "The file with the hub's token"

@@ -291,11 +291,12 @@ def cmd_export(
     model, need = _exported(name, root), 'repo' if to=='hub' else 'out'
     if not (repo if to=='hub' else out): raise BadInput(f'export --to {to}: --{need} must say where to')
     if to=='hub':
-        data = Path(root)/'data'/name
+        data = Path(root)/'data'/Path(model).name
         if adapter or not Path(model).is_dir():
             raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
         if (data/'run.json').exists() and _finished(name, 'run.json', root).retrained():
-            raise BadInput(f'{name}: trained anew since its evaluation; finish the run first: selfalign run {name}')
+            raise BadInput(f'{name}: its evaluation is not of the adapter as it is now; finish the run first: '
+                           f'selfalign run {data}')
         rows = push(model, repo, 'model', public, dry_run)
         if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
         return print(json_text(rows) if json else _lines(rows))

@@ -14,8 +14,8 @@ def _no_diaeresis(text):
     "A text without diaereses; other marks above letters are kept"
     return unicodedata.normalize('NFC', unicodedata.normalize('NFD', text).replace('\u0308', ''))
 
-_operators = {**{c: c for c in '-+*/:^=<>'}, '×': '*', '·': '*', '÷': '/', '−': '-', '–': '-'}
-_operator = re.compile(rf'(?<=\d)\s*([{re.escape("".join(_operators))}])\s*(?=\d)')
+_operators = {**{c: c for c in '-+*/:^=<>≤≥'}, '×': '*', '·': '*', '÷': '/', '−': '-', '–': '-'}
+_operator = re.compile(rf'(?<=\d)[\s)\]%]*([{re.escape("".join(_operators))}])[\s(\[]*(?=\d)')
 _word = re.compile(rf'[^\W_]+(?:(?<=[^\W\d_])[+#]+(?!\w))?|(?<=\d )[{re.escape("".join(_operators))}](?= \d)')
 
 def text_key(

@@ -19,7 +19,8 @@ from .sampling import Completion, Sampling
 from .scoring import choice_ids
 from .templates import clean_messages, end_of_turn, ensure_template, plain_text, render, stop_ids
 from .templates import to_messages
-from .textmodel import TextModel, progress_bar
+from .terminal import progress_bar
+from .textmodel import TextModel
 from .transport import Garbage, Stop, notice
 from .weights import explain, hub_args, model_key, resolve
 

@@ -70,7 +70,7 @@ def _want(kinds, field=None):
     lo, hi, above = (getattr(limits.get(n), a, None) for n,a in (('Ge', 'ge'), ('Le', 'le'), ('Gt', 'gt')))
     span = f' between {lo} and {hi}' if lo is not None and hi is not None else f' of at least {lo}' if lo is not None \
         else f' of at most {hi}' if hi is not None else ''
-    return (' or '.join(named) or 'another value')+span+(f' above {above}' if above is not None else '')
+    return (' or '.join(sorted(named)) or 'another value')+span+(f' above {above}' if above is not None else '')
 
 def _field(cls, loc):
     "The field an error is about, in nested settings too; None where there is none"

@@ -17,7 +17,8 @@ from .files import BadInput, read_json, read_jsonl, write_json, write_jsonl, wri
 from .hub import split_revision
 from .names import base_name, origin
 from .processes import barrier, n_ranks, on_first, rank, sharded
-from .textmodel import TextModel, progress_bar
+from .terminal import progress_bar
+from .textmodel import TextModel
 from .training_settings import TrainSettings, batch_shares, training_steps
 
 # %% ../../nbs/machine/19_trainer.ipynb #09ce6aa0
@@ -96,7 +97,8 @@ def step_bar(
             shown = [k for k in ('loss', 'rewards/margins') if k in (logs or {})]
             if 'loss' in shown: self.bar.set_postfix({k.split('/')[-1]: f'{logs[k]:.3f}' for k in shown})
         def on_step_end(self, args, state, control, **kw): self.bar.update()
-        def on_train_end(self, args, state, control, **kw): self.bar.close()
+        def close(self):
+            if hasattr(self, 'bar'): self.bar.close()
     return StepBar()
 
 # %% ../../nbs/machine/19_trainer.ipynb #55317570
@@ -186,7 +188,8 @@ def run_trainer(
     "Train, then store the adapter, its log and its record"
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
-    if progress and rank()==0: trainer.add_callback(step_bar(progress))
+    bar = step_bar(progress) if progress and rank()==0 else None
+    if bar: trainer.add_callback(bar)
     settings = TrainSettings(**{k: record['settings'][k] for k in TrainSettings.model_fields})
     out, t, (steps, falls) = Path(out), time.time(), training_steps(settings, len(data))
     course = course_of(record, data, falls)
@@ -194,7 +197,9 @@ def run_trainer(
     log = on_first(lambda: _finished(out, key, steps) if resume else None)
     if log: return on_first(lambda: clear_checkpoints(out)) or log
     ckpt = on_first(lambda: begin(out, course, steps, resume))
-    _train(trainer, ckpt, steps, falls)
+    try: _train(trainer, ckpt, steps, falls)
+    finally:
+        if bar: bar.close()
     drop = 'num_tokens'  # TRL counts it by a mask of another shape
     log = [{k: v for k,v in r.items() if k!=drop} for r in trainer.state.log_history if 'loss' in r]
     _check_finite(out, log)
@@ -233,9 +238,10 @@ def refuse_other(
 ):
     "`BadInput` if it holds an adapter that another method made, a warm start or the result of a run"
     made = read_json(Path(out)/'run.json') if (Path(out)/'run.json').exists() else {}
-    if (other := made.get('method', method))!=method:
-        raise BadInput(f'{out}: its adapter was trained with {other.upper()}, which this would overwrite; '
-                       'choose another --name')
+    other = made.get('method') if isinstance(made, dict) else None
+    if other not in (None, method):
+        raise BadInput(f'{out}: its adapter was trained with {str(other).upper()}, which this would overwrite; '
+                       'choose another name')
 
 def model_card(
     out:Path, # The adapter's folder, with its `run.json`
