@@ -173,6 +173,7 @@ def qa(self:Run,
     limit:int=200, # At most so many questions
     max_chars:int=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model
+    hint:int=0, # Of the style's `hints`, from 1: the model as it is, so asked, in place of the adapter; 0: the adapter
 )->tuple: # The comparison of `compare` with `questions`, of `right_answers`; the file it is written to
     "Both models' greedy answers to questions with gold answers"
     keep = checked(InstructionSettings, dict(max_chars=max_chars, near_duplicate=1.), 'qa')
@@ -184,16 +185,19 @@ def qa(self:Run,
                        'file with the columns question, context, answers, or prompt, gold'
                        +', and a column split'*(split=='train'))
     s, gold = replace(answer_sampling(r), temperature=0.), {x['prompt_id']: x['gold'] for x in rows}
-    def said(label, llm):
-        return answers(rows, llm, self.data/f'qa_{label}.jsonl', label, s, self.style.system, r.seed, r.batch_size,
+    def said(label, llm, asked=self.style.system):
+        return answers(rows, llm, self.data/f'qa_{label}.jsonl', label, s, asked, r.seed, r.batch_size,
                        f'{label} answers')
-    both = [said('reference', self.model()), said('policy', self.load(self.models))]
+    other, both = f'prompt{hint}' if hint else 'policy', [said('reference', self.model())]
+    if hint: both.append(said(other, self.model(), self.style.asked(hint-1)))
+    else: both.append(said(other, self.load(self.models)))
     for rs in both if bert else ():
         scores = bert_f1([x['completion'] for x in rs], [gold[x['prompt_id']] for x in rs], bert, r.device or None)
         for x,b in zip(rs, scores): x['bert'] = b
+    right = right_answers(rows, **dict(zip(('reference', other), both)))
     found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert,
-             **compare(*both, self.style, gold), 'questions': right_answers(rows, reference=both[0], policy=both[1])}
+             **compare(*both, self.style, gold), 'questions': right}
     of = '' if data=='embedded' else f'_{Path(data).stem}'
-    out = self.models/f'qa{of}{"" if split=="test" else ".train"}.json'
+    out = self.models/f'qa{of}{"" if split=="test" else ".train"}{f".{other}" if hint else ""}.json'
     write_json(out, found)
     return found, out

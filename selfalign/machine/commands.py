@@ -225,12 +225,13 @@ def cmd_qa(
     limit:whole(1)=200, # At most so many questions
     max_chars:whole(10)=2000, # Longest question with its passage, in characters
     bert:str=None, # Also BERTScore by this model, such as ai-forever/ruBert-base (needs bert-score)
+    hint:whole(0)=0, # In place of the adapter, ask the model as it is by this of the style's requests, from 1
     root:str='.', # Folder with data/ and models/
     json:store_true=False, # Print the evaluation as JSON and nothing else
 ):
     "Question answering with gold answers: has the aligned model lost anything?"
     run = _finished(name, 'run.json', root)
-    with aside(json): found, out = run.qa(data, split, limit, max_chars, bert)
+    with aside(json): found, out = run.qa(data, split, limit, max_chars, bert, hint)
     if json: return print(json_text(found))
     print(table_text(table(found, run.style)))
     if any(q['kind'] for q in found['questions']): print(table_text(right_by_kind(found['questions'])))
