@@ -204,7 +204,8 @@ def _questions(run):
     "What `selfalign qa` found, a file a source"
     found = [read_json(f) for f in sorted(run.models.glob('qa*.json'))]
     half = {'train': ', questions of the training half that were not trained on'}
-    def said(ev): return ev['data']+half.get(ev.get('split'), '')
+    def asked(ev): return f'; after: the model as it is, asked by prompt {ev["hint"]}' if ev.get('hint') else ''
+    def said(ev): return ev['data']+half.get(ev.get('split'), '')+asked(ev)
     def kinds(ev): # older files have none
         return [_html(right_by_kind(ev['questions']))] if any(q['kind'] for q in ev.get('questions', ())) else []
     def one(ev): return Summary(f'{ev["n"]} questions with gold answers: {said(ev)}'), _html(table(ev, run.style))

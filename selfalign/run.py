@@ -195,7 +195,7 @@ def qa(self:Run,
         scores = bert_f1([x['completion'] for x in rs], [gold[x['prompt_id']] for x in rs], bert, r.device or None)
         for x,b in zip(rs, scores): x['bert'] = b
     right = right_answers(rows, **dict(zip(('reference', other), both)))
-    found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'bert': bert,
+    found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'hint': hint, 'bert': bert,
              **compare(*both, self.style, gold), 'questions': right}
     of = '' if data=='embedded' else f'_{Path(data).stem}'
     out = self.models/f'qa{of}{"" if split=="test" else ".train"}{f".{other}" if hint else ""}.json'
