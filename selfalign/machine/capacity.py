@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['need_space', 'processor', 'shortest', 'bfloat16_speed', 'pick_device', 'dtype_name', 'free_memory', 'need_memory',
-           'keep_heap', 'free_heap', 'begin_peak', 'peak_memory']
+           'keep_heap', 'keep_few_kernels', 'free_heap', 'begin_peak', 'peak_memory']
 
 # %% ../../nbs/machine/06c_capacity.ipynb #d6366330
 import gc, hashlib, os, re, shutil, sys, time
@@ -94,6 +94,7 @@ def pick_device(
     kinds = ('float32', 'bfloat16', 'float16')
     if dtype and dtype not in kinds:
         raise BadInput(f'dtype {dtype!r}: must be one of {", ".join(kinds)}{nearest(dtype, kinds)}')
+    if dev=='cpu': keep_few_kernels()
     if dev.startswith('cuda'): fast = torch.cuda.is_bf16_supported()
     else: fast = not dtype and dev=='cpu' and stored=='bfloat16' and bfloat16_speed()>1.2
     return dev, getattr(torch, dtype or ('bfloat16' if fast else 'float32'))
@@ -166,6 +167,11 @@ def _glibc(call):
 def keep_heap():
     "On Linux without a GPU: let glibc keep the memory of large tensors instead of asking the kernel at every step"
     _glibc(lambda c: (c.mallopt(-4, 0), c.mallopt(-1, 2**31-1)))  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+# %% ../../nbs/machine/06c_capacity.ipynb #f917af28
+def keep_few_kernels():
+    "Let oneDNN keep 128 kernels, unless the environment says otherwise"
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
 
 # %% ../../nbs/machine/06c_capacity.ipynb #166c7bcf
 def free_heap():
