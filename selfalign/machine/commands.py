@@ -295,8 +295,8 @@ def cmd_export(
         data = Path(root)/'data'/Path(model).name
         if adapter or not Path(model).is_dir():
             raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
-        if (data/'run.json').exists() and _finished(name, 'run.json', root).retrained():
-            raise BadInput(f'{name}: its evaluation is not of the adapter as it is now; finish the run first: '
+        if (data/'run.json').exists() and _finished(data.name, 'run.json', root).retrained():
+            raise BadInput(f'{data.name}: its evaluation is not of the adapter as it is now; finish the run first: '
                            f'selfalign run {data}')
         rows = push(model, repo, 'model', public, dry_run)
         if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
