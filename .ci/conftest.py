@@ -1,8 +1,10 @@
 "The tests of a file that share a run go to one process; the notebooks of `test_nbs.py` are spread (pytest-xdist's own groups do not work with pytest 9.2)."
-import shutil
+import shutil, signal
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell lets its background jobs ignore it, and so would the processes that a test interrupts
 
 
 class OneRun(LoadScopeScheduling):

@@ -103,7 +103,7 @@ def in_shell(c, place):
     intro = f'set -o pipefail; selfalign() {{ {shlex.quote(sys.executable)} -m selfalign.machine.cli "$@"; }}; export -f selfalign; python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
     run = dict(executable='/bin/bash', shell=True, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if 'signal' not in c: r = subprocess.run(intro+c['shell'], timeout=120, **run); return r.returncode, r.stderr
-    p = subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *shlex.split(c['shell'])], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    p = subprocess.Popen([sys.executable, '-m', 'selfalign.machine.cli', *shlex.split(c['shell'])], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.time()+60
     while not list(place.glob(c['when'])) and p.poll() is None and time.time()<end: time.sleep(.02)
     p.send_signal(getattr(signal, f'SIG{c["signal"]}'))
