@@ -115,6 +115,12 @@ def test_in_a_browser_both_answer_nothing_is_fetched_and_no_markup_runs(llms, tm
         for k,n in (('Left', 1), ('Equal', 2)):
             tab.get_by_role('button', name=k, exact=True).click()
             tab.wait_for_selector(f'text={n} of 2 chosen')
+        tab.get_by_label('Your name').fill('Вера')   # without Enter: what is shown was chosen for nobody in particular
+        tab.get_by_role('button', name='Left', exact=True).click()
+        tab.wait_for_selector('text=0 of 2 chosen')
+        assert not verdicts_file(tmp_path, 'Вера').exists()
+        tab.get_by_role('button', name='Left', exact=True).click()
+        tab.wait_for_selector('text=1 of 2 chosen')
         assert tab.title()!='1' and tab.locator('img[src=x]').count()==0
         assert outside==[] and errors==[]
         assert sorted(read_verdicts(verdicts_file(tmp_path, ''), rows)[1].values())[-1] in (.5, 1.) and len(read_json(verdicts_file(tmp_path, ''))['verdicts'])==2

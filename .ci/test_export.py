@@ -1,6 +1,7 @@
 "An exported model: whole or not there, what goes to the hub and what does not, a hub on this machine, Gemma-2's own vocabulary for llama.cpp."
 import base64, hashlib, json, os, re, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_a_merged_model_says_what_the_adapter_says_and_its_card_what_to_say_befo
     card = (out/'README.md').read_text(encoding='utf-8')
     assert '`Коротко.`' in card and 'It is shorter.' in card and 'beta' not in card and 'vllm serve whole' in card
     assert '`base` with an adapter' in card and str(adapter) not in card  # the base lies on this machine
+    assert prefix_of(out)=='Коротко.' and 'It was trained with' not in merged_card(str(adapter/'base'), 'x', 'Коротко.')
     assert [p.name for p in (tmp_path/'a').iterdir()]==['whole'] and not (out/'adapter_config.json').exists()
     with pytest.raises(BadInput, match='whole: is there already'): export_merged(str(adapter/'base'), out)
 
@@ -176,6 +178,17 @@ def test_a_dry_run_asks_nobody_and_a_refusal_is_one_line(hub):
     hub.refuses = True
     got = pushed(hub)
     assert got.returncode==2 and 'me/brief: the hub does not let you write there' in got.stderr and 'Traceback' not in got.stderr and 'hf_secret' not in got.stderr
+
+
+def test_pairs_of_another_run_with_the_same_folder_name_stay_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('data/qwen2.5-coder-1.5b-brief').mkdir(parents=True)
+    for f in ('pairs.jsonl', 'README.md'): Path('data/qwen2.5-coder-1.5b-brief', f).write_text('{"prompt": "secret"}\n')
+    line = ['export', str(BRIEF), '--to', 'hub', '--repo', 'me/brief', '--dry-run']
+    assert cli.main(line)==0 and 'pairs' not in capsys.readouterr().out
+    Path('models').mkdir()
+    Path('models/qwen2.5-coder-1.5b-brief').symlink_to(BRIEF)   # its own
+    assert cli.main(line)==0 and 'pairs.jsonl' in capsys.readouterr().out
 
 
 def test_a_name_on_the_hub_is_checked_before_anything():

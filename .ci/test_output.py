@@ -71,6 +71,25 @@ def test_people_get_words(verdicts, capsys):
     assert '1 of 1: r.frontier.beta0.3: ' in said and 'no interval' in said and 'beta=0.3' in said
 
 
+def test_two_files_of_questions_with_one_name_have_two_results(finished):
+    "And the same file again has the same result file"
+    from selfalign.recipe import read_recipe
+    from selfalign.run import Run
+    Path('other').mkdir()
+    Path('other/g.jsonl').write_text(json.dumps(dict(prompt='Сколько рогов у козы?', gold='2'))+'\n', encoding='utf-8')
+    run = Run(read_recipe('data/r'))
+    first, second, again = [run.qa(f, limit=2)[1] for f in ('g.jsonl', 'other/g.jsonl', 'g.jsonl')]
+    assert first==again!=second and [read_json(f)['n'] for f in (first, second)]==[2, 1]
+
+
+def test_one_person_is_not_counted_twice(verdicts, capsys):
+    "A browser saves the same file again as `verdicts (1).json`"
+    again = shutil.copy(verdicts, 'again.json')
+    capsys.readouterr()
+    assert cli.main(['compare', 'r', '--verdicts', str(verdicts), again])==2
+    assert "two files hold verdicts of 'я'" in capsys.readouterr().err
+
+
 def in_terminal(argv, err=subprocess.DEVNULL, rc=0, until=None, **env):
     "What a command writes to a terminal 60 columns wide; it is interrupted when it has written `until`"
     import fcntl, struct, termios

@@ -485,7 +485,7 @@ def any_file_of_verdicts_is_read_or_refused(o):
     with refused():
         person, said = read_verdicts(put('v.json', json.dumps(o).encode()), sheet())
         assert isinstance(person, str) and set(said.values())<={0., .5, 1.}
-        people_summary([(person, said)]*2, dict(a=1., b=.5))
+        people_summary([(person, said), (person+'2', said)], dict(a=1., b=.5))
 
 
 tokens = st.one_of(st.sampled_from(['token_id:5', 'token_id:', 'token_id:x', '5', 5]), values)

@@ -232,6 +232,15 @@ def test_without_completions_it_answers_through_chat(fake, folder, llm, ps):
         with pytest.raises(BadInput, match='/v1/completions'): go()
 
 
+def test_a_404_between_answers_is_no_lack_of_completions(fake, folder, llm, ps):
+    "A proxy says so while a server starts anew: answers of two kinds would be mixed, and grading refused"
+    s, begun = quick(fake, folder, concurrency=1), []
+    s.generate(ps[:1], sampling=greedy)
+    fake.fault = lambda n, body: 404 if begun.append(n) or len(begun)==2 else None
+    assert s.generate(ps, sampling=greedy)==llm.generate(ps, sampling=greedy)
+    assert not s.chat and len(begun)==len(ps)+1
+
+
 def test_transformers_serve_is_asked_in_its_own_way(fake, folder, llm, ps, capsys):
     fake.like = 'transformers'
     with pytest.raises(BadInput, match=r'does not say what it serves \(status 500.*served=NAME'): quick(fake, folder)

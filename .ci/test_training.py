@@ -420,6 +420,15 @@ def test_no_held_out_row_is_in_a_warm_start(models, tmp_path, monkeypatch):
     assert len(seen)>64 and held and not [p for p in held if p in texts]
 
 
+def test_the_card_of_a_warm_start_says_what_was_not_as_usual(tmp_path):
+    from selfalign.sft import SFTSettings, _again
+    from selfalign.style import load_style
+    style, mine = load_style('brief-ru'), tmp_path/'mine.csv'
+    mine.write_text('text\n')
+    assert _again(tmp_path/'w', 'embedded', 'embedded-base', style, SFTSettings(), 42)=='selfalign sft --name w --style brief-ru'
+    assert _again(tmp_path/'w', str(mine), 'embedded-base', style, SFTSettings(lora_r=64), 7)=='selfalign sft --name w --style brief-ru --data mine.csv --seed 7 --set "lora_r=64"'
+
+
 def test_a_run_is_trained_further(root, capsys):
     from selfalign.run import run_all
     run_all(run_of(root))
@@ -460,6 +469,48 @@ def test_frontier_and_rounds_grade_by_the_mix_of_the_first_run(root, models, mon
     def make(**kw): return run_of(root, judge='mix', **kw)
     with pytest.raises(BadInput, match='stop'): results.more_rounds(first, make)
     assert graded==[mix]
+
+
+def test_a_point_with_another_judge_keeps_its_own_mix_and_two_points_have_two_names(root):
+    import selfalign.results as results
+    base = run_of(root, judge='digits', name='b')
+    for other,shared in ((dict(judge='digits'), True), (dict(judge='mix'), False), (dict(judge='digits', judge_model='embedded'), False)):
+        one = run_of(root, name='one', **other)
+        base.mix = lambda: dict(mine=1)
+        results.same_judge(base, one)
+        assert ('mix' in vars(one))==shared, other
+    names = {results._point_name(base, dict(style=s)) for s in ('a/b.yml', 'ab.yml', 'a b.yml')}
+    assert len(names)==3 and results._point_name(base, dict(beta=.1))=='b.beta0.1'
+
+
+def test_a_later_round_is_one_round(root, monkeypatch):
+    "Its report says how to go on with it; that must not begin rounds of its own"
+    import selfalign.results as results
+    made = []
+    for f in ('by_model', 'read_jsonl'): monkeypatch.setattr(results, f, lambda *args: [[], []])
+    monkeypatch.setattr(results, 'compare', lambda *args: dict(shorter=0))
+    monkeypatch.setattr(results, '_before_after', lambda *args: None)
+    monkeypatch.setattr(results, 'run_all', lambda run, *args: run)
+    monkeypatch.setattr(results, 'print_summary', lambda run: None)
+    first = run_of(root, rounds=3, name='thrice')
+    first.models.mkdir(parents=True, exist_ok=True)
+    results.more_rounds(first, lambda **kw: made.append(run_of(root, **{'rounds': 3, **kw})) or made[-1])
+    assert [r.r.name for r in made]==['thrice.round2', 'thrice.round3'] and all(r.r.rounds==1 for r in made)
+
+
+def test_a_learning_curve_trains_as_the_first_warm_start_was_trained(tmp_path, monkeypatch):
+    import selfalign.results as results
+    from selfalign.machine.files import write_json
+    from selfalign.machine.statistics import share_interval
+    had, asked = dict(lora_r=4, learning_rate=.001, max_length=128, seed=7), []
+    write_json(tmp_path/'models/few/run.json', dict(grading_rows=9, corruptions=[], settings=had))
+    write_json(tmp_path/'models/few.3/run.json', dict(grading_rows=3))   # of another warm start that had this name
+    monkeypatch.setattr(results, 'warm_start', lambda out, data, model, style, s, seed: asked.append((out.name, s, seed)))
+    monkeypatch.setattr(results, 'load', lambda *args: None)
+    monkeypatch.setattr(results, 'audit', lambda *args, **kw: dict.fromkeys(('trained', 'unseen', 'facts'), share_interval([1.])) | dict(ungraded=0))
+    results.learning_curve([3], 'few', tmp_path, limit=2)
+    (name, s, seed), = asked
+    assert (name, s.grading_rows, s.lora_r, s.learning_rate, s.max_length, seed)==('few.3', 3, 4, .001, 128, 7)
 
 
 def test_settings_are_not_chosen_on_held_out_rows(root):

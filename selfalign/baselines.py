@@ -10,7 +10,7 @@ __all__ = ['Baseline', 'baselines_of', 'best_of', 'baseline_row', 'beside', 'bas
 import re
 from dataclasses import dataclass
 
-from .machine.files import BadInput, nearest, read_jsonl, write_json
+from .machine.files import BadInput, file_digest, nearest, read_json, read_jsonl, write_json
 from .machine.statistics import interval_text, mean_or_none, percent_text
 from .machine.terminal import table_text
 from .candidates import sample
@@ -177,8 +177,17 @@ def baselines(
     for r in rows:
         if 'DPO' in said and r['name'] in said and r['name']!='DPO':
             r['run'] = beside(both(r['name'], 'DPO'), run.style, gold)
-    for d in (run.data, run.models): write_json(d/'baselines.json', rows)
+    every = _with_earlier(run, rows, list(baselines_of(run.style)))
+    for d in (run.data, run.models): write_json(d/'baselines.json', every)
     return rows
+
+def _with_earlier(run, rows, order):
+    "These ways and those that an earlier comparison of the same evaluation has measured"
+    f, now = run.data/'baselines.json', file_digest(run.data/'evaluation.json')[:12]
+    for r in rows: r['evaluation'] = now
+    new = {r['name'] for r in rows}
+    old = [r for r in (read_json(f) if f.exists() else []) if r['name'] not in new and r.get('evaluation')==now]
+    return sorted(rows+old, key=lambda r: order.index(r['name']))
 
 # %% ../nbs/loop/19b_baselines.ipynb #e226e08b
 def baselines_table(

@@ -162,7 +162,7 @@ def check_run(
 ):
     "Refuse in one line whatever could be seen before the first step"
     check_values(r, style)
-    products = [Path(data)/f for s in STEPS.values() for f in s.products]
+    products = [Path(data)/f for s in STEPS.values() for f in (*s.products, *s.traces)]
     for source in (r.data, *r.also_train): check_source(source, products)
     check_training(r.part(DPOSettings), where=r.name)
     refuse_other(models, 'dpo')

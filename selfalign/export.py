@@ -97,7 +97,8 @@ def merged_card(
             if adapter else f'A copy of `{base}`.')
     head = ['library_name: transformers', 'pipeline_tag: text-generation', f'base_model: {base}'*('/' in base),
             f'license: {licence}'*bool(licence)]
-    said = f'It was trained with this system message, so put it before the question: `{system}`' if system else ''
+    trained = system and (adapter or (Path(model)/'run.json').exists()) # another has been told nothing
+    said = f'It was trained with this system message, so put it before the question: `{system}`' if trained else ''
     front = '\n'.join(['---', *filter(None, head), '---'])
     parts = [front, f'# {name}', what, said, _SERVE.format(name), _found(adapter)]
     return '\n\n'.join(p for p in parts if p)+GEMMA_TERMS*(licence=='gemma')+'\n'
@@ -108,7 +109,7 @@ def export_merged(
     out, # Folder to write
     dtype:str='', # Of the weights written; empty: that of the model's own files
     adapter:str=None, # Adapter to put on top
-    system:str='', # For the card, as of `prefix_of`
+    system:str='', # For the card and for whoever asks the model, as of `prefix_of`
 )->Path:
     "Write a model with its adapters in its weights, as transformers writes any model"
     out = new_place(out)
@@ -117,6 +118,7 @@ def export_merged(
     with made_beside(out) as d:
         save_folder(llm.model, llm.tok, d/out.name)
         write_text(d/out.name/'README.md', merged_card(adapter or model, out.name, system))
+        write_json(d/out.name/'run.json', dict(system=system)) # for `prefix_of`
     return out
 
 # %% ../nbs/loop/19d_export.ipynb #102d900b

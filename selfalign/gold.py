@@ -14,7 +14,7 @@ from .machine.duplicates import text_key
 from .machine.files import BadInput
 from .machine.hub import hub_args, refuse_code
 from .machine.messages import cells, load_messages
-from .instructions import InstructionSettings, load_instructions, split_trees
+from .instructions import InstructionSettings, given_halves, load_instructions, split_trees
 
 # %% ../nbs/loop/02b_gold.ipynb #e2efcda0
 def comparable(
@@ -136,8 +136,8 @@ def gold_questions(
     "The questions of one half of a source that are not trained on; a source without a split is held out as a whole"
     m = source if hasattr(source, 'columns') else load_messages(source)
     m = m[[bool(g) for g in cells(m, 'gold')]]
-    own, seen = cells(m, 'split'), set(map(text_key, trained))
-    given = [s or h for s,h in zip(own, cells(m, 'source_split'))]
+    (own, source_s), seen = given_halves(m), set(map(text_key, trained))
+    given = [s or h for s,h in zip(own, source_s)]
     if split=='train' and not any(given): return []
     held = [s==split for s in split_trees(list(m.message_tree_id), 0., given)]
     if not any(held) and split=='test': held = [not any(own)]*len(m)

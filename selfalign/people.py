@@ -85,7 +85,10 @@ def people_summary(
     verdicts:list, # Of `read_verdicts`
     judged:dict=None, # prompt_id: the judge's verdict in the same terms, 1, .5 or 0
 )->dict: # `win_rate`, `ci`, `n`, `each` (by person), `between` (agreement of two people), `judge` (with the judge)
-    "What people chose; intervals are over instructions"
+    "What people chose; intervals are over instructions; `BadInput` for two files of one person"
+    names = [p for p,_ in verdicts if p not in ('', '?')] # people without a name may be several
+    if twice := [p for p in names if names.count(p)>1]:
+        raise BadInput(f'two files hold verdicts of {twice[0]!r}; give one file for each person, the later one')
     verdicts = [(p, {k: x for k,x in v.items() if finite(x) is not None}) for p,v in verdicts]
     b = by_prompt([dict(prompt_id=k, wins=x) for _,v in verdicts for k,x in v.items()], 'wins')
     each = [dict(person=p, n=len(v), win_rate=mean_or_none(v.values()), ties=sum(x==.5 for x in v.values()))

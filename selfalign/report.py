@@ -158,7 +158,7 @@ def _out_of_step(run):
     "Was a step done again by itself, so that later ones are about what was there before?"
     try: todo = run.plan()
     except BadInput: return [] # the source or a model is not here any more, and nobody can tell
-    again = f'{", ".join(todo)} would be done again by selfalign run {how_called(run.r)}'
+    again = f'{", ".join(todo)} would be done again by selfalign run {how_called(run)}'
     return [f'this page may mix results of several settings or versions: {again}'] if todo else []
 
 def _result(run, ev):
@@ -222,7 +222,7 @@ def _alternatives(run):
     f = run.data/'baselines.json'
     if not f.exists():
         return _section('Alternatives', P('Prompts, the best of n and other trainings have not been compared: ',
-                                          Code(f'selfalign baselines {how_called(run.r)}'), ' does it.'))
+                                          Code(f'selfalign baselines {how_called(run)}'), ' does it.'))
     rows = read_json(f)
     both = [_html(t.T) for t in (baselines_table(rows), beside_table(rows)) if not t.empty]
     return _section('Alternatives', drawn(plot_baselines, rows, says='Length against win rate, by each judge'), *both,
@@ -256,7 +256,7 @@ def _cost(run):
     return _section('Cost and settings', _html(pd.DataFrame(steps).set_index('step')),
                     Details(Summary('All settings'), _html(mine.set_index('key'))),
                     P(', '.join(f'{k} {v}' for k,v in packages.items())),
-                    P('To repeat it: ', Code(f'selfalign run {how_called(run.r)}')))
+                    P('To repeat it: ', Code(f'selfalign run {how_called(run)}')))
 
 # %% ../nbs/loop/19c_report.ipynb #b2359484
 def _whole(title, f):
@@ -271,7 +271,7 @@ def write_report(
     run:Run, # A finished run; `BadInput` names the step that is missing
 )->Path:
     "Write `report.html`: one page without links to anything outside it"
-    left, how = [s for s in STEPS if s not in run.record.get('steps', {})], f'selfalign run {how_called(run.r)}'
+    left, how = [s for s in STEPS if s not in run.record.get('steps', {})], f'selfalign run {how_called(run)}'
     if left: raise BadInput(f'{run.data}: step {left[0]} is not finished; finish the run first: {how}')
     ev, (ref, pol) = read_json(run.data/'evaluation.json'), by_model(read_jsonl(run.data/'answers_graded.jsonl'))
     parts = {'What was done': lambda: P(story(run)), 'Result': lambda: _result(run, ev),

@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .machine.files import BadInput, nearest, read_json, read_jsonl, write_json
+from .machine.files import BadInput, hash01, nearest, read_json, read_jsonl, write_json
 from .machine.processes import rank, say
 from .machine.settings import checked
 from .machine.statistics import interval_text, percent_text
@@ -83,13 +83,11 @@ def _copy(a, b):
 # %% ../nbs/loop/19_results.ipynb #61b9e16c
 def same_judge(
     base:Run, # A run
-    one:Run, # Another with the same judge
+    one:Run, # Another; where it has another judge, it keeps its own mix
 ):
     "Let `one` grade as `base` does: by the mix that the audit of `base` chose"
-    found = base.data/'audit.json'
-    one.data.mkdir(parents=True, exist_ok=True)
-    if found.exists(): _copy(found, one.data/found.name)
-    one.mix = base.mix
+    if one.r.judge_name==base.r.judge_name: _copy(base.data/'audit.json', one.data/'audit.json')
+    if (one.r.judge_name, one.r.judge)==(base.r.judge_name, base.r.judge): one.mix = base.mix
 
 # %% ../nbs/loop/19_results.ipynb #8d076831
 def frontier_row(
@@ -244,8 +242,7 @@ def frontier(
     for s in SHARED: base.step(s)
     base.release()
     for point in points:
-        name = re.sub(r'[^\w.-]', '', base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
-        rows.append(row := _one_point(whole, base, make, point, name))
+        rows.append(row := _one_point(whole, base, make, point, _point_name(base, point)))
         if len(rows)>1 and not any('failed' in r for r in (rows[0], row)):
             row['against_first'] = against(*(base.data.with_name(r['name']) for r in (rows[0], row)), base.style)
         write_json(base.data/'frontier.json', mark_dominated(rows))
@@ -255,6 +252,11 @@ def frontier(
     plt.close(fig)
     say(f'{len(rows)} settings in {base.data/"frontier.json"}, drawn in frontier.png')
     return rows
+
+def _point_name(base, point):
+    "The name of a point's run; two points have two names, also where letters that a folder cannot have are left out"
+    name = re.sub(r'[^\w.-]', '', said := base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
+    return name+f'_{hash01(said)*1e6:06.0f}'*(name!=said)
 
 def _point_text(r):
     "What a row says, in one line"
@@ -273,7 +275,7 @@ def more_rounds(
     for k in range(1, first.r.rounds+1):
         if k>1:
             run = make(name=f'{first.r.name}.round{k}', model=str(before.models), judge_model=first.r.judge_name,
-                       server='')
+                       server='', rounds=1)
             same_judge(first, run)
             print_summary(run_all(run, fresh))
             before = run
@@ -322,11 +324,11 @@ def learning_curve(
     if not (whole/'run.json').exists():
         raise BadInput(f'{whole}: no finished warm start; make one first: selfalign sft --name {name}')
     rec = read_json(whole/'run.json')
+    mine, seed = {k: v for k,v in rec['settings'].items() if k in SFTSettings.model_fields}, rec['settings']['seed']
     good, *_ = audit_data(data, limit, 0, scale)
     for n in sorted({*sizes, rec['grading_rows']}):
         out = whole if n==rec['grading_rows'] else whole.with_name(f'{name}.{n}')
-        if n and not (out/'run.json').exists():
-            warm_start(out, data, model, scale, SFTSettings(grading_rows=n, epochs=rec['settings']['epochs']))
+        if n and out!=whole: warm_start(out, data, model, scale, SFTSettings(**mine, grading_rows=n), seed)
         found = audit(load(model, str(out) if n else None), good, scale, mode, tuple(rec['corruptions']),
                       progress=f'{n} grading rows')
         groups = {g: {k: found[g][k] for k in ('mean', 'ci', 'n')} for g in ('trained', 'unseen', 'facts')}

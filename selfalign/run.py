@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl, write_json
+from .machine.files import BadInput, file_digest, hash01, locked, read_json, read_jsonl, write_json
 from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
 from .machine.settings import checked
@@ -109,8 +109,9 @@ def rows_of(
     return sorted(folder.glob(f'{Path(file).stem}.rows*.jsonl'))
 
 # %% ../nbs/loop/18_run.ipynb #674035e1
-_OF_COMMANDS = ('report.html', 'answers_example.jsonl', 'qa_*.jsonl', 'drift.json', 'baselines*', 'models/qa*.json',
-                'models/baselines.json') # made of the adapter afterwards
+_OF_COMMANDS = ('report.html', 'answers_example.jsonl', 'drift.json', 'baselines', 'baselines.json', 'baselines.png',
+                'models/qa.json', 'models/qa_*.json', 'models/baselines.json',
+                *(f'qa_{k}{kept}.jsonl' for k in ('reference', 'policy', 'prompt[0-9]') for kept in ('', '.rows*')))
 
 @patch
 def wrote(self:Run)->list: # Paths
@@ -197,7 +198,10 @@ def qa(self:Run,
     right = right_answers(rows, **dict(zip(('reference', other), both)))
     found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'hint': hint, 'bert': bert,
              **compare(*both, self.style, gold), 'questions': right}
-    of = '' if data=='embedded' else f'_{Path(data).stem}'
-    out = self.models/f'qa{of}{"" if split=="test" else ".train"}{f".{other}" if hint else ""}.json'
+    half, asked = '' if split=='test' else '.train', f'.{other}' if hint else ''
+    out = self.models/f'qa{"" if data=="embedded" else f"_{Path(data).stem}"}{half}{asked}.json'
+    found['source'] = f'{hash01(str(Path(data).resolve() if Path(data).exists() else data))*1e6:06.0f}'
+    if out.exists() and read_json(out).get('source', found['source'])!=found['source']: # a file of that name elsewhere
+        out = self.models/f'qa_{Path(data).stem}_{found["source"]}{half}{asked}.json'
     write_json(out, found)
     return found, out

@@ -213,8 +213,15 @@ def grading_record(
     return dict(grading_rows=n, corruptions=taught_corruptions(style) if n else [], style=style.record())
 
 # %% ../nbs/loop/12_sft.ipynb #67d7094c
-def _card_body(out, n_answers, n, data, style):
-    how = f'selfalign sft --name {out.name} --style {style.name}'
+def _again(out, data, model, style, settings, seed):
+    "The command that trains a warm start again: all that is not as usual, paths without their folders"
+    usual = SFTSettings()
+    given = {'data': (data, 'embedded'), 'model': (model, 'embedded-base'), 'seed': (seed, 42)}
+    more = ''.join(f' --{k} {Path(str(v)).name if Path(str(v)).exists() else v}' for k,(v,u) in given.items() if v!=u)
+    keys = ' '.join(f'{k}={v}' for k,v in settings if v!=getattr(usual, k))
+    return f'selfalign sft --name {out.name} --style {style.name}{more}'+f' --set "{keys}"'*bool(keys)
+
+def _card_body(out, n_answers, n, data, style, how):
     audit = f'selfalign audit --model models/{out.name} --mode mix --out models/{out.name}/audit.json'
     return (f'It learned two tasks from the training split of `{data}`: answering, from {n_answers} replies, and '
             f'grading in style `{style.name}`, from {n} rows (good, corrupted and flawed answers with their digits). '
@@ -242,7 +249,7 @@ def warm_start(
     busy = f'{out}: another selfalign is training there; wait for it, or choose another --name'
     with locked(out.with_name(f'.{out.name}.lock'), busy) if rank()==0 else nullcontext():
         log = train_sft(rows, llm, out, settings, seed, resume, 'sft', grading_record(n, style), half=True)
-    title = f'{out.name}: warm start of {model}'
-    on_first(lambda: model_card(out, title, _card_body(out, len(answering), n, data, style)))
+    title, how = f'{out.name}: warm start of {model}', _again(out, data, model, style, settings, seed)
+    on_first(lambda: model_card(out, title, _card_body(out, len(answering), n, data, style, how)))
     say(f'{len(rows)} rows, {len(log)} steps, loss {log[0]["loss"]:.2f} to {log[-1]["loss"]:.2f}; adapter in {out}')
     return log

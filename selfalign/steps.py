@@ -7,14 +7,16 @@ __all__ = ['STEPS', 'check_counts', 'train_rows', 'test_rows', 'answer_sampling'
            'graded_by', 'Step']
 
 # %% ../nbs/loop/17_steps.ipynb #d4ce796e
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .machine.files import BadInput, read_json, read_jsonl, write_json, write_jsonl
 from .machine.processes import n_ranks, on_first, rank, say, sharded
 from .machine.sampling import Sampling
 from .machine.settings import result_fields
 from .machine.trainer import model_card
-from .recipe import recipe_names
+from .recipe import read_recipe, recipe_names
 from .instructions import InstructionSettings, prepare
 from .candidates import CandidateSettings, sample
 from .judge import JudgeSettings, grade
@@ -179,18 +181,27 @@ def judges_said(ev):
     "A sentence for the judge, and one for the second judge if there is one"
     return [win_text(ev, ev['judge'])]+([win_text(ev['second'], ev['second']['judge'])] if 'second' in ev else [])
 
-def how_called(r):
-    "What to give `selfalign run` to repeat a run: its recipe's name, or the folder with its record"
-    return r.name if r.name in recipe_names() else f'data/{r.name}'
+def how_called(
+    run, # Whose recipe
+)->str: # Such as `quickstart --set "beta=0.5"`, or `data/mine`
+    "What to give `selfalign run` to repeat a run: its recipe's name and other keys, or the folder with its record"
+    r, root = run.r, run.data.parent.parent
+    if root.is_absolute(): root = Path() # a path of this machine tells others nothing
+    own = read_recipe(r.name) if r.name in recipe_names() else None
+    other = {k: v for k,v in r if own and v!=getattr(own, k)}
+    def fits(v): return isinstance(v, (str, int, float, type(None))) and not re.search(r'[\s,"]', str(v))
+    if not own or not all(map(fits, other.values())): return str(root/'data'/r.name)
+    said = ' '.join(f'{k}={"" if v is None else v}' for k,v in other.items())
+    return r.name+f' --root {root}'*(root!=Path())+f' --set "{said}"'*bool(other)
 
 def _card_results(run, ev):
     "What the adapter's card says beside its settings: result, limits, how to make it again"
-    r, shorter = run.r, length_text(ev['shorter'])
-    lines = [f'{ev["n"]} {compared_on(r)}, the same for both models: answers are {shorter}.', *judges_said(ev),
+    shorter = length_text(ev['shorter'])
+    lines = [f'{ev["n"]} {compared_on(run.r)}, the same for both models: answers are {shorter}.', *judges_said(ev),
              *(f'**Warning:** {w}.' for w in ev['warnings']), table_md(ev, run.style),
              'Limits: the grades are the model\'s own, so the adapter has learned what this judge likes; no person has '
              'compared the answers, and such a judge cannot check facts.',
-             f'Reproduce: `selfalign run {how_called(r)}`. Every number with its interval: `evaluation.json`.']
+             f'Reproduce: `selfalign run {how_called(run)}`. Every number with its interval: `evaluation.json`.']
     return '\n\n'.join(lines)
 
 def graded_by(

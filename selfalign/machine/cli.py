@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from .clean import clean_message
 from .files import BadInput, nearest, package_file, reason
 from .processes import n_ranks, rank, sharded, shut_down
+from .terminal import options_parser
 
 # %% ../../nbs/machine/22_cli.ipynb #a91b49a3
 ABOUT = { # what `selfalign --help` says of each command
@@ -65,9 +66,8 @@ _at_once = ('recipes', 'styles', 'audit', 'report', 'compare', 'bench', 'export'
 # %% ../../nbs/machine/22_cli.ipynb #2084dcdb
 def _parser(name):
     "The parser of a command's options; what it refuses is a `BadInput`"
-    from fastcore.script import anno_parser
     from selfalign.machine.commands import commands
-    parser = anno_parser(commands[name], f'selfalign {name}')
+    parser = options_parser(commands[name], f'selfalign {name}')
     def refuse(why):
         unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', why)
         near = nearest(unknown[1], parser._option_string_actions) if unknown else ''

@@ -124,12 +124,13 @@ def retry_delay(
     e:Exception, # What went wrong
     k:int, # How many tries so far
     pause:float, # Seconds after the first
+    served:bool=False, # Has the server answered such requests before? Then it does have what it says it lacks
 )->float: # None: asking again would not help
     "Seconds to wait before the next try"
     import openai
     wait = min(pause*2**(k-1), 60)*random.uniform(.5, 1)
     if not isinstance(e, openai.APIStatusError): return wait
-    if e.status_code not in (408, 409, 429) and e.status_code<500: return None
+    if e.status_code not in (408, 409, 429, *(404, 405)*served) and e.status_code<500: return None
     try: return max(wait, min(float(e.response.headers.get('retry-after', 0)), 120))
     except ValueError: return wait
 
@@ -146,6 +147,7 @@ class Client:
         self.url, self.concurrency, self.timeout = api_url(url), concurrency, timeout
         self.tries, self.pause = tries, pause
         self.refused, self.lenient, self.trouble = set(), False, None
+        self.served = set() # endpoints that have answered
 
     def __repr__(self): return f'{type(self).__name__}({self.url}, {self.concurrency} requests at once)'
     def state(self)->tuple: return len(self.refused),
@@ -206,7 +208,9 @@ async def ask(self:Client,
         extra, before = {n: v for n,v in extra.items() if n not in self.refused}, self.state()
         try:
             async with asyncio.timeout(self.timeout):
-                return checked_read(read, await send(client, endpoint, fields, extra))
+                reply = await send(client, endpoint, fields, extra)
+                self.served.add(endpoint)
+                return checked_read(read, reply)
         except openai.APIStatusError as e:
             if self.state()!=before or self.adapt(e, endpoint, extra): continue
             problem = e
@@ -215,7 +219,7 @@ async def ask(self:Client,
             if isinstance(problem, Stop): raise problem from None
         except (TimeoutError, Garbage) as e: problem = e
         k += 1
-        wait = retry_delay(problem, k, self.pause)
+        wait = retry_delay(problem, k, self.pause, endpoint in self.served)
         if wait is None or k>=self.tries: raise Unanswered(failure_reason(problem, self.timeout)) from problem
         await asyncio.sleep(wait)
 

@@ -26,7 +26,7 @@ from .terminal import aside, completion, json_text, table_text
 from ..agreement import read_pairs
 from ..audit import audit, audit_data, trained_corruptions
 from ..baselines import baselines, baselines_text, plot_baselines
-from ..demo import both_models, demo_page, open_demo, sheet_of
+from ..demo import both_models, check_port, demo_page, open_demo, sheet_of
 from ..evaluate import by_model, table, verdict
 from ..export import (PRECISIONS, adapter_of, export_gguf, export_merged, export_ollama, prefix_of,
                               push)
@@ -293,13 +293,14 @@ def cmd_export(
     if not (repo if to=='hub' else out): raise BadInput(f'export --to {to}: --{need} must say where to')
     if to=='hub':
         data = Path(root)/'data'/Path(model).name
+        own = Path(model).resolve()==(Path(root)/'models'/data.name).resolve() # or the data are another run's
         if adapter or not Path(model).is_dir():
             raise BadInput(f'{model}: only a folder goes to the hub, an adapter\'s or one written with --to merged')
-        if (data/'run.json').exists() and _finished(data.name, 'run.json', root).retrained():
+        if own and (data/'run.json').exists() and _finished(data.name, 'run.json', root).retrained():
             raise BadInput(f'{data.name}: its evaluation is not of the adapter as it is now; finish the run first: '
                            f'selfalign run {data}')
         rows = push(model, repo, 'model', public, dry_run)
-        if (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
+        if own and (data/'pairs.jsonl').exists(): rows += push(data, f'{repo}-pairs', 'dataset', public, dry_run)
         return print(json_text(rows) if json else _lines(rows))
     system = prefix_of(adapter or model, style)
     with aside(json):
@@ -378,7 +379,7 @@ def cmd_demo(
     server:str=None, # Address of a server that answers for the model as it is
     served:str='', # The name it gives that model; the one it serves unless given
     served_aligned:str='', # The name it gives the aligned one; read here unless given
-    port:Param('Port on this machine', int)=7860,
+    port:Param('Port on this machine', whole(0, 65535))=7860,
     open:store_true=False, # Show it in the browser
     style:str=DEFAULT_STYLE, # Prefix and scale, where there is no run that says so
     device:str=None, # cuda, mps or cpu; the best there is unless given
@@ -386,6 +387,7 @@ def cmd_demo(
     root:str='.', # Folder with data/ and models/
 ):
     "Ask both models side by side in the browser, and choose blindly"
+    check_port(port)
     run = _finished(name, 'run.json', root) if (Path(root)/'data'/name/'run.json').exists() else None
     model, style = (str(run.models), run.style) if run else (name, load_style(style))
     base = run.r.model if run else _base_of(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.script import Param, store_true
 
 from .files import BadInput, nearest, package_file, read_json, write_text
-from .processes import on_first, say
+from .processes import on_first, rank, say
 from .terminal import aside, json_text
 from ..recipe import Recipe, read_recipe, recipe_names
 from ..report import write_report
@@ -105,7 +105,7 @@ def cmd_run(
         if run.r.report_to: on_first(lambda: track(run))
         rounds = more_rounds(run, make, fresh) if run.r.rounds>1 else []
         if rounds: say(drift_text(rounds))
-    if json: say(json_text(_result(run, rounds)))
+    if json and rank()==0: say(json_text(_result(run, rounds))) # the others have no record
 
 def _result(run, rounds):
     "What a finished run has found, and where it lies"
@@ -141,7 +141,7 @@ def step_command(
 def _one_step(run, step, json):
     "Do a step again"
     with aside(json): run.step(step, force=True)
-    if json: say(json_text(run.record['steps'][step]))
+    if json and rank()==0: say(json_text(run.record['steps'][step])) # the others have no record
 
 def cmd_dpo(
     recipe:RECIPE='quickstart',

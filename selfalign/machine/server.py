@@ -98,7 +98,7 @@ def _windows(about):
 def _once(self:Server, seconds, make):
     "The reply to one request that is sent once; `BadInput` if it fails"
     got, once = [], copy.copy(self)
-    once.concurrency, once.timeout, once.tries = 1, min(self.timeout, seconds), 1
+    once.concurrency, once.timeout, once.tries, once.served = 1, min(self.timeout, seconds), 1, set()
     async def job(client): return await once.ask(client, make)
     once.each([job], 1, got.extend)
     return got[0][1]
@@ -161,7 +161,8 @@ def adapt(self:Server,
 )->bool: # Is there another way to ask?
     "Learn from a refusal; `BadInput` if no other way is left"
     txt, code, completions = server_message(e).lower(), e.status_code, endpoint=='completions'
-    if code in (404, 405, 501) and completions and not ('model' in txt and 'exist' in txt):
+    absent = code in (404, 405, 501) and endpoint not in self.served # a proxy may say so for a moment
+    if absent and completions and not ('model' in txt and 'exist' in txt):
         return self._use_chat('has no /v1/completions')
     if code in (400, 422) and 'unexpected fields' in txt and not self.whole and any(n in txt for n in extra):
         self.whole = True  # transformers serve takes a generation_config instead
