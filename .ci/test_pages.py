@@ -101,3 +101,12 @@ def test_every_name_is_importable_from_its_page():
     import importlib
     for m in order('loop'):
         if (root/f'selfalign/{m}.py').exists(): importlib.import_module(f'selfalign.{m}')
+
+
+@pytest.mark.parametrize('fn', ['09b_biases', '09c_begging'])
+def test_slow_outputs_are_of_the_audit_of_today(fn):
+    "Tests do not run slow cells, so their stored tables could be of a mix that the audit has not chosen any more"
+    from selfalign.audit import find_audit
+    cells = json.loads((root/f'nbs/loop/{fn}.ipynb').read_text(encoding='utf-8'))['cells']
+    said, = [''.join(c['outputs'][0]['data']['text/plain']) for c in cells if 'which the audit chose' in ''.join(c['source']) and c['cell_type']=='code']
+    assert ast.literal_eval(said)==find_audit('embedded')['mix']
