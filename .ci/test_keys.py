@@ -1,6 +1,5 @@
 "A step is done again when something it reads has changed, and only then; and nothing is lost before everything has been checked. A tiny random model."
 import contextlib, dataclasses, io, json, os, shutil
-from pathlib import Path
 
 import pytest
 
@@ -296,29 +295,10 @@ def test_fresh_with_a_mistake_removes_nothing(here, over):
 def test_fresh_removes_what_the_run_wrote_and_nothing_else(here):
     theirs = [here/p for p in ('data/r/note.txt', 'data/r/audit.json', 'data/r/qa_questions.jsonl', 'data/r/baselines_notes.md', 'data/r/more/x.jsonl', 'models/r/merged/model.safetensors', 'models/r/notes.md', 'models/warm/checkpoints/checkpoint-3/x')]
     for p in theirs: p.parent.mkdir(parents=True, exist_ok=True); p.write_text('mine')
-    for k in ('qa_reference.jsonl', 'qa_prompt1.rows.jsonl', 'baselines.json'): (here/'data/r'/k).write_text('its own')
+    for k in ('data/r/qa_reference.jsonl', 'data/r/qa_prompt1.rows.jsonl', 'data/r/baselines.json', 'models/r/qa.train.prompt1.json', 'models/r/qa_x.json'): (here/k).write_text('its own')
     run().forget()
     left = {p for d in ('data', 'models') for p in (here/d).rglob('*') if p.is_file() and not p.name.endswith('.lock')}
     assert left==set(theirs)
-
-
-def test_a_moved_run_brings_its_style_and_its_data(here, tmp_path, monkeypatch):
-    "Also where the folder it is called from has files of these names"
-    from selfalign.recipe import recorded
-    (here/'own.yml').write_text('name: own\nlang: ru\nsystem: Коротко.\ncriteria: {Краткость: 5 is short; 1 is long.}\n', encoding='utf-8')
-    first = run(name='own', judge='digits', style='own.yml', data=str(here/'q.jsonl'))
-    first.data.mkdir(parents=True, exist_ok=True)
-    first.save()
-    assert [read_json('data/own/run.json')['recipe'][k] for k in ('style', 'data', 'model')]==['own.yml', 'q.jsonl', 'tiny']
-    shutil.copytree(here, tmp_path/'moved', symlinks=True)
-    (tmp_path/'away').mkdir()
-    (tmp_path/'away/own.yml').write_text('name: other\ncriteria: {X: 5 is x.}\n')
-    monkeypatch.chdir(tmp_path/'away')
-    found = recorded(Path('../moved/data/own'))
-    assert (found['style'], found['data'])==tuple(str(tmp_path/'moved'/f) for f in ('own.yml', 'q.jsonl'))
-    again = Run(read_recipe('../moved/data/own'), '../moved')
-    again.save()
-    assert again.style.name=='own' and read_json('../moved/data/own/run.json')['recipe']==read_json(here/'data/own/run.json')['recipe']
 
 
 def test_a_name_that_only_a_warm_start_has_used_keeps_its_checkpoints(here):

@@ -182,11 +182,11 @@ def baselines(
     return rows
 
 def _with_earlier(run, rows, order):
-    "These ways and those that an earlier comparison of the same evaluation has measured"
-    f, now = run.data/'baselines.json', file_digest(run.data/'evaluation.json')[:12]
-    for r in rows: r['evaluation'] = now
-    new = {r['name'] for r in rows}
-    old = [r for r in (read_json(f) if f.exists() else []) if r['name'] not in new and r.get('evaluation')==now]
+    "These ways, and those that an earlier comparison of the same evaluation and hints has measured"
+    f, now = run.data/'baselines.json', [file_digest(run.data/'evaluation.json')[:12], *run.style.hints]
+    for r in rows: r['of'] = now
+    left = {*order}-{r['name'] for r in rows}
+    old = [r for r in (read_json(f) if f.exists() else []) if r.get('name') in left and r.get('of')==now]
     return sorted(rows+old, key=lambda r: order.index(r['name']))
 
 # %% ../nbs/loop/19b_baselines.ipynb #e226e08b

@@ -54,12 +54,12 @@ def check_values(
 # %% ../nbs/loop/17b_checks.ipynb #fee477d0
 def check_source(
     source:str, # As in a recipe
-    products, # Paths that the run writes
+    products, # Paths that the run writes; `*` stands for anything
 ):
     "Refuse a source that is not there, of no known kind, or an output of the run"
     if source in SHIPPED or is_hub(source): return
     table_kind(source_file(source))
-    if Path(source).resolve() in {Path(p).resolve() for p in products}:
+    if any(Path(source).resolve().match(str(Path(p).resolve())) for p in products):
         raise BadInput(f'{source}: this run would overwrite its own instructions; give it another name')
 
 # %% ../nbs/loop/17b_checks.ipynb #0898c5b4
@@ -162,7 +162,8 @@ def check_run(
 ):
     "Refuse in one line whatever could be seen before the first step"
     check_values(r, style)
-    products = [Path(data)/f for s in STEPS.values() for f in (*s.products, *s.traces)]
+    def wrote(s): return *s.products, *s.traces, f'{Path(s.writes).stem}.rows*.jsonl'
+    products = [Path(data)/f for s in STEPS.values() for f in wrote(s)]
     for source in (r.data, *r.also_train): check_source(source, products)
     check_training(r.part(DPOSettings), where=r.name)
     refuse_other(models, 'dpo')

@@ -118,7 +118,7 @@ def export_merged(
     with made_beside(out) as d:
         save_folder(llm.model, llm.tok, d/out.name)
         write_text(d/out.name/'README.md', merged_card(adapter or model, out.name, system))
-        write_json(d/out.name/'run.json', dict(system=system)) # for `prefix_of`
+        if adapter_of(adapter or model): write_json(d/out.name/'run.json', dict(system=system)) # for `prefix_of`
     return out
 
 # %% ../nbs/loop/19d_export.ipynb #102d900b

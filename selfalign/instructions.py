@@ -8,6 +8,7 @@ __all__ = ['InstructionSettings', 'instruction_filters', 'apply_filters', 'plot_
 
 # %% ../nbs/loop/01_instructions.ipynb #27756c9d
 import math
+import re
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -91,14 +92,14 @@ def plot_funnel(
     return ax
 
 # %% ../nbs/loop/01_instructions.ipynb #b562db37
-_TESTS = 'test', 'val', 'dev', 'eval', 'held', 'hold' # as a split's name begins: test_sft, validation, held-out
+_HALVES = {h: re.compile(rf'(^|[\W_])({names})([\W_]|$)') for h,names in dict( # as a word of a split's name
+    test='tests?|testing|val|valid|validation|dev|eval|evaluation|held.?out|hold.?out', train='train|training').items()}
 
 def half_of(
-    label, # Of a split, such as `validation`, `Test`, `train_sft`; None
+    label, # Of a split, such as `validation`, `Test`, `train_sft`, `public_test`; None
 )->str: # `train` or `test`; None where the label is neither
     "Whether rows with this label are trained on or held out"
-    said = str(label or '').strip().lower()
-    return 'test' if said.startswith(_TESTS) else 'train' if said.startswith('train') else None
+    return next((h for h,p in _HALVES.items() if p.search(str(label or '').lower())), None)
 
 def given_halves(
     m, # Messages

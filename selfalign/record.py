@@ -19,7 +19,7 @@ from .machine.names import model_key, pinned
 from .llm import load as load_model
 from .style import load_style
 from .audit import find_audit, other_style
-from .recipe import Recipe, from_root
+from .recipe import Recipe
 from .steps import STEPS
 from .checks import check_values
 
@@ -53,8 +53,7 @@ class Run:
 
     def save(self):
         "Write `run.json`"
-        recipe = from_root(self.r.model_dump(), self.data.parent.parent)
-        about = dict(recipe=recipe, style=self.style.record(), versions=versions())
+        about = dict(recipe=self.r.model_dump(), style=self.style.record(), versions=versions())
         write_json(self.file, {**self.record, **about})
 
 # %% ../nbs/loop/17c_record.ipynb #9c141a10

@@ -87,7 +87,8 @@ def same_judge(
 ):
     "Let `one` grade as `base` does: by the mix that the audit of `base` chose"
     if one.r.judge_name==base.r.judge_name: _copy(base.data/'audit.json', one.data/'audit.json')
-    if (one.r.judge_name, one.r.judge)==(base.r.judge_name, base.r.judge): one.mix = base.mix
+    def grader(run): return run.r.judge_name, run.r.judge, run.style.digest()
+    if grader(one)==grader(base): one.mix = base.mix
 
 # %% ../nbs/loop/19_results.ipynb #8d076831
 def frontier_row(

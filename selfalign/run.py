@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import BadInput, file_digest, hash01, locked, read_json, read_jsonl, write_json
+from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl, write_json
 from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
 from .machine.settings import checked
@@ -110,8 +110,8 @@ def rows_of(
 
 # %% ../nbs/loop/18_run.ipynb #674035e1
 _OF_COMMANDS = ('report.html', 'answers_example.jsonl', 'drift.json', 'baselines', 'baselines.json', 'baselines.png',
-                'models/qa.json', 'models/qa_*.json', 'models/baselines.json',
-                *(f'qa_{k}{kept}.jsonl' for k in ('reference', 'policy', 'prompt[0-9]') for kept in ('', '.rows*')))
+                'models/qa.json', 'models/qa[._]*.json', 'models/baselines.json',
+                *(f'qa_{k}{kept}.jsonl' for k in ('reference', 'policy', 'prompt[0-9]*') for kept in ('', '.rows*')))
 
 @patch
 def wrote(self:Run)->list: # Paths
@@ -200,8 +200,8 @@ def qa(self:Run,
              **compare(*both, self.style, gold), 'questions': right}
     half, asked = '' if split=='test' else '.train', f'.{other}' if hint else ''
     out = self.models/f'qa{"" if data=="embedded" else f"_{Path(data).stem}"}{half}{asked}.json'
-    found['source'] = f'{hash01(str(Path(data).resolve() if Path(data).exists() else data))*1e6:06.0f}'
-    if out.exists() and read_json(out).get('source', found['source'])!=found['source']: # a file of that name elsewhere
+    found['source'] = file_digest(Path(data))[:6] if Path(data).is_file() else data
+    if out.exists() and read_json(out).get('source', found['source'])!=found['source']: # other questions of that name
         out = self.models/f'qa_{Path(data).stem}_{found["source"]}{half}{asked}.json'
     write_json(out, found)
     return found, out

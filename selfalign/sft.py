@@ -218,7 +218,7 @@ def _again(out, data, model, style, settings, seed):
     usual = SFTSettings()
     given = {'data': (data, 'embedded'), 'model': (model, 'embedded-base'), 'seed': (seed, 42)}
     more = ''.join(f' --{k} {Path(str(v)).name if Path(str(v)).exists() else v}' for k,(v,u) in given.items() if v!=u)
-    keys = ' '.join(f'{k}={v}' for k,v in settings if v!=getattr(usual, k))
+    keys = ' '.join(f'{k}={v}' for k,v in settings if v!=getattr(usual, k) and isinstance(v, (str, int, float)))
     return f'selfalign sft --name {out.name} --style {style.name}{more}'+f' --set "{keys}"'*bool(keys)
 
 def _card_body(out, n_answers, n, data, style, how):

@@ -10,6 +10,7 @@ __all__ = ['STEPS', 'check_counts', 'train_rows', 'test_rows', 'answer_sampling'
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from .machine.files import BadInput, read_json, read_jsonl, write_json, write_jsonl
 from .machine.processes import n_ranks, on_first, rank, say, sharded
@@ -183,16 +184,18 @@ def judges_said(ev):
 
 def how_called(
     run, # Whose recipe
-)->str: # Such as `quickstart --set "beta=0.5"`, or `data/mine`
+)->str: # Such as `quickstart --set beta=0.5`, or `data/mine`
     "What to give `selfalign run` to repeat a run: its recipe's name and other keys, or the folder with its record"
     r, root = run.r, run.data.parent.parent
     if root.is_absolute(): root = Path() # a path of this machine tells others nothing
     own = read_recipe(r.name) if r.name in recipe_names() else None
     other = {k: v for k,v in r if own and v!=getattr(own, k)}
-    def fits(v): return isinstance(v, (str, int, float, type(None))) and not re.search(r'[\s,"]', str(v))
-    if not own or not all(map(fits, other.values())): return str(root/'data'/r.name)
-    said = ' '.join(f'{k}={"" if v is None else v}' for k,v in other.items())
-    return r.name+f' --root {root}'*(root!=Path())+f' --set "{said}"'*bool(other)
+    def fits(k, v): # in a line, and for others to read
+        plain = isinstance(v, (str, int, float, type(None))) and not re.search(r'[\s,]', str(v))
+        return plain and k not in ('server', 'served') and not Path(str(v)).is_absolute()
+    if not own or not all(fits(k, v) for k,v in other.items()): return quote(str(root/'data'/r.name))
+    said = quote(' '.join(f'{k}={"" if v is None else v}' for k,v in other.items()))
+    return r.name+f' --root {quote(str(root))}'*(root!=Path())+f' --set {said}'*bool(other)
 
 def _card_results(run, ev):
     "What the adapter's card says beside its settings: result, limits, how to make it again"
@@ -262,7 +265,7 @@ _trained = tuple(f'models/{f}' for f in ('README.md', 'trainer_state.json', 'tok
 # %% ../nbs/loop/17_steps.ipynb #64146ce5
 STEPS = { # name: how it depends on what came before
     'data': Step(_do_data, 'instructions.jsonl', (), ('seed', *_fields(InstructionSettings)),
-                 ('lang', 'script', 'min_share', 'foreign_letters'), source=True, revision=2),
+                 ('lang', 'script', 'min_share', 'foreign_letters'), source=True, revision=3),
     'candidates': Step(_do_candidates, 'candidates.jsonl', ('instructions.jsonl',),
                        ('seed', 'device', 'dtype', *_fields(CandidateSettings, 'n_prompts')), ('system', 'hints'),
                        ('model',), train_rows, parted=True),
