@@ -71,6 +71,32 @@ def test_people_get_words(verdicts, capsys):
     assert '1 of 1: r.frontier.beta0.3: ' in said and 'no interval' in said and 'beta=0.3' in said
 
 
+def test_only_some_baselines_keep_the_others_of_the_same_evaluation(tmp_path):
+    from types import SimpleNamespace
+    from selfalign.baselines import _with_earlier
+    from selfalign.machine.files import write_json
+    run = SimpleNamespace(data=tmp_path, style=SimpleNamespace(hints=['Кратко.']))
+    def after(*names):
+        rows = _with_earlier(run, [dict(name=n) for n in names], ['as it is', 'prompt 1', 'DPO'])
+        write_json(tmp_path/'baselines.json', rows)
+        return [r['name'] for r in rows]
+    write_json(tmp_path/'evaluation.json', dict(n=1))
+    assert after('DPO', 'as it is')==['as it is', 'DPO'] and after('prompt 1')==['as it is', 'prompt 1', 'DPO']
+    run.style.hints = ['Короче.']
+    assert after('prompt 1')==['prompt 1']
+    write_json(tmp_path/'evaluation.json', dict(n=2))
+    assert after('DPO')==['DPO']
+
+
+def test_a_process_without_a_record_prints_no_json(monkeypatch, capsys):
+    "Of several processes the first alone keeps the record"
+    from types import SimpleNamespace
+    from selfalign.machine import run_commands
+    monkeypatch.setattr(run_commands, 'rank', lambda: 1)
+    run_commands._one_step(SimpleNamespace(step=lambda *args, **kw: None, record={}), 'pairs', True)
+    assert capsys.readouterr().out==''
+
+
 def test_two_files_of_questions_with_one_name_have_two_results(finished):
     "And the same file again has the same result file"
     from selfalign.recipe import read_recipe
