@@ -100,12 +100,15 @@ def test_a_process_without_a_record_prints_no_json(monkeypatch, capsys):
 def test_two_files_of_questions_with_one_name_have_two_results(finished):
     "And the same file again has the same result file"
     from selfalign.recipe import read_recipe
+    from selfalign import run as run_module
     from selfalign.run import Run
     Path('other').mkdir()
     Path('other/g.jsonl').write_text(json.dumps(dict(prompt='Сколько рогов у козы?', gold='2'))+'\n', encoding='utf-8')
     run = Run(read_recipe('data/r'))
     first, second, again = [run.qa(f, limit=2)[1] for f in ('g.jsonl', 'other/g.jsonl', 'g.jsonl')]
     assert first==again!=second and [read_json(f)['n'] for f in (first, second)]==[2, 1]
+    hub = [run_module._source_mark(d) for d in ('one/exam', 'two/exam')]   # a mark is part of a file's name
+    assert hub[0]!=hub[1] and all(re.fullmatch(r'\d{6}', m) for m in hub)
 
 
 def test_one_person_is_not_counted_twice(verdicts, capsys):

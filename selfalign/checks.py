@@ -7,6 +7,7 @@ __all__ = ['PROMPT_TOKENS', 'check_values', 'check_source', 'check_rows', 'check
            'step_memory', 'check_memory', 'run_bytes', 'check_run']
 
 # %% ../nbs/loop/17b_checks.ipynb #d71ac51a
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .machine.files import BadInput
@@ -59,7 +60,9 @@ def check_source(
     "Refuse a source that is not there, of no known kind, or an output of the run"
     if source in SHIPPED or is_hub(source): return
     table_kind(source_file(source))
-    if any(Path(source).resolve().match(str(Path(p).resolve())) for p in products):
+    at = Path(source).resolve()
+    def named(p): return at.parent==p.parent.resolve() and fnmatchcase(at.name, p.name)
+    if any(at==p.resolve() or named(p) for p in map(Path, products)):
         raise BadInput(f'{source}: this run would overwrite its own instructions; give it another name')
 
 # %% ../nbs/loop/17b_checks.ipynb #0898c5b4

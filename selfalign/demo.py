@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from .machine.capacity import need_memory
-from .machine.files import BadInput, hash01, read_json, read_jsonl, write_json, write_jsonl
+from .machine.files import BadInput, read_json, read_jsonl, six_digits, write_json, write_jsonl
 from .machine.names import model_bytes
 from .machine.sampling import Sampling
 from .llm import LLM, load
@@ -81,7 +81,7 @@ def verdicts_file(
     "Where a person's verdicts are kept"
     said = person.strip() or 'anybody'
     who = re.sub(r'[^\w-]+', '_', said)
-    more = '' if who==said else f'_{hash01(said)*1e6:06.0f}' # two names are two files
+    more = '' if who==said else f'_{six_digits(said)}' # two names are two files
     return Path(folder)/f'verdicts_{who}{more}.json'
 
 def next_row(
@@ -100,8 +100,10 @@ def vote(
     verdict:str, # `left`, `right` or `tie`
 ):
     "Keep a verdict; `BadInput` where the file holds verdicts on another sheet"
-    if file.exists(): read_verdicts(file, rows)
-    kept = read_json(file)['verdicts'] if file.exists() else {}
+    kept = {}
+    if file.exists():
+        read_verdicts(file, rows)
+        kept = read_json(file)['verdicts']
     write_json(file, dict(person=person, sheet=sheet_digest(rows), verdicts={**kept, prompt_id: verdict}))
 
 # %% ../nbs/loop/19e_demo.ipynb #b7169ad2

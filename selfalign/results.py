@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .machine.files import BadInput, hash01, nearest, read_json, read_jsonl, write_json
+from .machine.files import BadInput, nearest, read_json, read_jsonl, six_digits, write_json
 from .machine.processes import rank, say
 from .machine.settings import checked
 from .machine.statistics import interval_text, percent_text
@@ -257,7 +257,7 @@ def frontier(
 def _point_name(base, point):
     "The name of a point's run; two points have two names, also where letters that a folder cannot have are left out"
     name = re.sub(r'[^\w.-]', '', said := base.r.name+'.'+'_'.join(f'{k}{v}' for k,v in point.items()))
-    return name+f'_{hash01(said)*1e6:06.0f}'*(name!=said)
+    return name+f'_{six_digits(said)}'*(name!=said)
 
 def _point_text(r):
     "What a row says, in one line"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl, write_json
+from .machine.files import BadInput, file_digest, locked, read_json, read_jsonl, six_digits, write_json
 from .machine.capacity import begin_peak, free_heap, peak_memory
 from .machine.processes import barrier, on_first, rank, say
 from .machine.settings import checked
@@ -198,10 +198,13 @@ def qa(self:Run,
     right = right_answers(rows, **dict(zip(('reference', other), both)))
     found = {'data': Path(data).name if Path(data).exists() else data, 'split': split, 'hint': hint, 'bert': bert,
              **compare(*both, self.style, gold), 'questions': right}
-    half, asked = '' if split=='test' else '.train', f'.{other}' if hint else ''
-    out = self.models/f'qa{"" if data=="embedded" else f"_{Path(data).stem}"}{half}{asked}.json'
-    found['source'] = file_digest(Path(data))[:6] if Path(data).is_file() else data
-    if out.exists() and read_json(out).get('source', found['source'])!=found['source']: # other questions of that name
-        out = self.models/f'qa_{Path(data).stem}_{found["source"]}{half}{asked}.json'
+    of, source = '' if data=='embedded' else f'_{Path(data).stem}', _source_mark(data)
+    def place(of): return self.models/f'qa{of}{"" if split=="test" else ".train"}{f".{other}" if hint else ""}.json'
+    out, found['source'] = place(of), source
+    if out.exists() and read_json(out).get('source', source)!=source: out = place(f'{of}_{source}') # other questions
     write_json(out, found)
     return found, out
+
+def _source_mark(data):
+    "Six digits that tell two sources of one name apart"
+    return file_digest(Path(data))[:6] if Path(data).is_file() else six_digits(data)

@@ -188,12 +188,14 @@ def how_called(
     "What to give `selfalign run` to repeat a run: its recipe's name and other keys, or the folder with its record"
     r, root = run.r, run.data.parent.parent
     if root.is_absolute(): root = Path() # a path of this machine tells others nothing
-    own = read_recipe(r.name) if r.name in recipe_names() else None
-    other = {k: v for k,v in r if own and v!=getattr(own, k)}
+    folder = quote(str(root/'data'/r.name))
+    if r.name not in recipe_names(): return folder
+    own = read_recipe(r.name)
+    other = {k: v for k,v in r if v!=getattr(own, k)}
     def fits(k, v): # in a line, and for others to read
         plain = isinstance(v, (str, int, float, type(None))) and not re.search(r'[\s,]', str(v))
         return plain and k not in ('server', 'served') and not Path(str(v)).is_absolute()
-    if not own or not all(fits(k, v) for k,v in other.items()): return quote(str(root/'data'/r.name))
+    if not all(fits(k, v) for k,v in other.items()): return folder
     said = quote(' '.join(f'{k}={"" if v is None else v}' for k,v in other.items()))
     return r.name+f' --root {quote(str(root))}'*(root!=Path())+f' --set {said}'*bool(other)
 

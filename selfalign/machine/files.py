@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'nearest', 'reason', 'write_text', 'write_jsonl', 'write_json', 'existing_file', 'read_jsonl', 'read_json',
-           'read_yaml', 'file_digest', 'hash01', 'repo_file', 'package_file', 'locked']
+           'read_yaml', 'file_digest', 'hash01', 'six_digits', 'repo_file', 'package_file', 'locked']
 
 # %% ../../nbs/machine/00_files.ipynb #dc13eb51
 import difflib, gzip, hashlib, json, os, re, sys, zlib
@@ -189,6 +189,13 @@ def hash01(
     "A number that depends on `key` and `seed` only and is the same on every machine"
     text = f'{seed}:{key}'.encode('utf-8', 'replace')
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'big')/2**64
+
+# %% ../../nbs/machine/00_files.ipynb #a491d790
+def six_digits(
+    txt:str, # A text
+)->str:
+    "Digits for the name of a file: two texts hardly ever have the same"
+    return f'{hash01(txt)*1e6:06.0f}'
 
 # %% ../../nbs/machine/00_files.ipynb #80f6bbc8
 def _package():
